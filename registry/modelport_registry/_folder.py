@@ -1,0 +1,199 @@
+"""One model's folder: where everything lies, its lock, its state, and the place where versions are made.
+
+Everything that changes what others see happens under the lock; nothing slow does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from modelport_registry import _journal
+from modelport_registry._errors import ConflictError, IntegrityError, NotFoundError
+from modelport_registry._files import (
+    fsync_folder,
+    locked,
+    make_folders,
+    open_lock,
+    read_bounded,
+    replace_file,
+    try_lock,
+)
+from modelport_registry._json import JSON, Fields, parse
+from modelport_registry._manifest import MANIFEST
+from modelport_registry._names import MAX_VERSION, check_model, parse_version
+from modelport_registry._types import State
+
+MAX_STATE_BYTES = 1 << 20
+_KNOWN = {"format", "generation", "aliases", "collected"}
+
+
+class ModelFolder:
+    """Everything below ``<root>/<model>``. The lock is held for changes, never while files are copied."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        check_model(model)
+        self.model = model
+        self.path = root / model
+        self.staging = self.path / ".staging"
+        self.leases = self.path / ".leases"
+        self.journal = self.path / "journal.jsonl"
+        self._state = self.path / "state.json"
+        self._lock = self.path / ".lock"
+
+    def version(self, number: int) -> Path:
+        """Returns the folder of version ``number``."""
+        return self.path / str(number)
+
+    def versions(self) -> list[int]:
+        """Returns the numbers of the versions, ascending: folders so named that have a manifest."""
+        return [number for number in self.taken() if self.has(number)]
+
+    def has(self, number: int) -> bool:
+        """Returns whether there is a version ``number``."""
+        folder = self.version(number)
+        try:
+            return stat.S_ISDIR(folder.lstat().st_mode) and stat.S_ISREG((folder / MANIFEST).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def taken(self) -> list[int]:
+        """Returns the numbers that anything at all is named after, ascending."""
+        try:
+            names = [entry.name for entry in self.path.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(number for name in names if (number := parse_version(name)) is not None)
+
+    def create(self) -> None:
+        """Makes the folder, if it is not there."""
+        make_folders(self.staging)
+        make_folders(self.leases)
+
+    @contextlib.contextmanager
+    def lock(self) -> Generator[None]:
+        """Holds the model's lock; waits for it.
+
+        Raises:
+            NotFoundError: if there is no such model.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._lock))
+            except (FileNotFoundError, NotADirectoryError) as exc:
+                raise NotFoundError(f"there is no model {self.model!r}") from exc
+            yield
+
+    @contextlib.contextmanager
+    def staged(self) -> Generator[Path]:
+        """Yields an empty staging folder, which is removed at the end, whatever is left in it.
+
+        It is made under the model's lock and locked before that is let go, so nobody ever sees one
+        that lives and is not locked. The caller must not hold the model's lock.
+        """
+        folder = self.staging / uuid.uuid4().hex
+        with self.lock():
+            lock = self.make_staging(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is collected later
+            os.close(lock)
+
+    def make_staging(self, folder: Path) -> int:
+        """Makes the staging folder ``folder`` and returns the descriptor that locks it."""
+        folder.mkdir(parents=True)
+        try:
+            lock = open_lock(folder / "lock")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BaseException:
+                os.close(lock)
+                raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return lock
+
+    def take_leftover(self, folder: Path) -> int | None:
+        """Returns the descriptor that locks a dead publisher's staging folder; None if it lives."""
+        return try_lock(folder / "lock")
+
+    def state(self) -> State:
+        """Returns the desired state.
+
+        Raises:
+            IntegrityError: if the file is damaged or of a newer format.
+        """
+        try:
+            data = read_bounded(self._state, MAX_STATE_BYTES, IntegrityError)
+        except (FileNotFoundError, NotADirectoryError):
+            return State()
+        return _read_state(parse(data, f"the state of {self.model}"))
+
+    def write_state(
+        self,
+        state: State,
+        *,
+        aliases: Mapping[str, int] | None = None,
+        collected: int | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
+        """Writes the generation that follows ``state``, which the caller read under the lock.
+
+        Raises:
+            ConflictError: if ``state`` is not of the expected generation.
+        """
+        if expected_generation is not None and state.generation != expected_generation:
+            raise ConflictError(
+                f"the state of {self.model} has generation {state.generation}, not {expected_generation}: "
+                "someone changed it; look again"
+            )
+        changed = replace(
+            state,
+            generation=state.generation + 1,
+            aliases=dict(sorted((state.aliases if aliases is None else aliases).items())),
+            collected=state.collected if collected is None else collected,
+        )
+        replace_file(self._state, self.path / ".state.json.tmp", _state_json(changed))
+        return changed
+
+    def record(
+        self, action: str, *, version: int | None, reason: str = "", details: Mapping[str, JSON] | None = None
+    ) -> None:
+        """Adds a line to the journal."""
+        _journal.append(self.journal, action, version=version, reason=reason, details=details)
+
+    def fsync(self) -> None:
+        """Makes the names in the folder durable."""
+        fsync_folder(self.path)
+
+
+def _read_state(fields: Fields) -> State:
+    if fields.integer("format", at_least=1) > 1:
+        raise IntegrityError("the state has a newer format: upgrade modelport")
+    aliases = fields.mapping("aliases", lambda child, name: child.integer(name, at_least=1))
+    collected = fields.integer("collected")
+    if max(collected, *aliases.values(), 0) > MAX_VERSION:
+        raise fields.wrong("aliases")
+    other = {name: fields.any(name) for name in fields.names() if name not in _KNOWN}
+    return State(fields.integer("generation"), aliases, collected, other)
+
+
+def _state_json(state: State) -> bytes:
+    document: dict[str, JSON] = {
+        **state.other,
+        "format": 1,
+        "generation": state.generation,
+        "aliases": state.aliases,
+        "collected": state.collected,
+    }
+    return json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"

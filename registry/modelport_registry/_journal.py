@@ -1,0 +1,94 @@
+"""A model's journal: one JSON object a line, append only."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from modelport_registry._errors import IntegrityError, RegistryError
+from modelport_registry._files import read_tail
+from modelport_registry._json import JSON, Fields, parse
+from modelport_registry._manifest import read_time
+from modelport_registry._types import JournalEntry
+
+MAX_LINE_BYTES = 64 << 10
+MAX_READ_BYTES = 64 << 20
+"""A longer journal is read from its end."""
+
+
+def actor() -> str:
+    """Returns who is doing this: user and machine."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{os.uname().nodename}"
+
+
+def append(
+    path: Path, action: str, *, version: int | None, reason: str, details: Mapping[str, JSON] | None
+) -> None:
+    """Adds one line, through to the disk.
+
+    Raises:
+        RegistryError: if the line is too long, or holds something that JSON has not.
+    """
+    line = _line(action, version, reason, details or {})
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        # A writer that died may have left half a line: it must not swallow this one.
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        data = b"\n" + line if torn else line
+        written = os.write(descriptor, data)
+        if written != len(data):
+            raise RegistryError(f"{path.name}: the disk took {written} of a line's {len(data)} bytes")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[JournalEntry]:
+    """Returns the entries, oldest first; lines that were torn are left out."""
+    entries: list[JournalEntry] = []
+    for line in read_tail(path, MAX_READ_BYTES, IntegrityError).splitlines():
+        try:
+            entries.append(_entry(parse(line, "the journal")))
+        except IntegrityError:
+            continue
+    return entries
+
+
+def _line(action: str, version: int | None, reason: str, details: Mapping[str, JSON]) -> bytes:
+    document: JSON = {
+        "time": datetime.now(UTC).isoformat(),
+        "action": action,
+        "version": version,
+        "actor": actor(),
+        "reason": reason,
+        "details": dict(details),
+    }
+    try:
+        line = json.dumps(document, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as exc:
+        raise RegistryError(f"the journal's details must be JSON: {exc}") from exc
+    if len(line) > MAX_LINE_BYTES:
+        raise RegistryError(f"a journal line takes at most {MAX_LINE_BYTES} bytes, this has {len(line)}")
+    return line
+
+
+def _entry(fields: Fields) -> JournalEntry:
+    return JournalEntry(
+        time=read_time(fields, "time"),
+        action=fields.text("action"),
+        version=fields.optional_integer("version", at_least=1),
+        actor=fields.text("actor"),
+        reason=fields.text("reason"),
+        details=fields.mapping("details", Fields.any),
+    )
