@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelport.names import shown
-
 from modelport_registry._errors import RegistryError
 from modelport_registry._manifest import FileEntry, check_relative_path
 

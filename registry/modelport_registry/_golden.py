@@ -10,14 +10,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from modelport import tensors
 from modelport.names import shown
-
 from modelport_registry._errors import IntegrityError, InvalidModelError
 from modelport_registry._json import JSON, Fields, parse
 from modelport_registry._manifest import SignatureSpec, TensorSpec
@@ -33,15 +35,15 @@ MAX_GOLDEN_BYTES = 1 << 30
 _FORMAT = 1
 _INDEX = "index"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_DEFAULT = "serving_default"
+_NPZ_KEY = re.compile(r"(?:(?P<signature>.+?)/)?(?P<kind>inputs|outputs)/(?P<name>.+)", re.DOTALL)
 _BYTE = np.dtype("uint8")
 _DAMAGED = "golden.npz is damaged"
 
 
 def example_count(golden: Sequence[Golden], signatures: Mapping[str, SignatureSpec]) -> int:
     """Returns the number of examples: the rows of batched signatures, one per call of others."""
-    return sum(
-        len(next(iter(one.inputs.values()))) if signatures[one.signature].batched else 1 for one in golden
-    )
+    return sum(len(next(iter(one.inputs.values()))) if signatures[one.signature].batched else 1 for one in golden)
 
 
 def check_golden(golden: Sequence[Golden], signatures: Mapping[str, SignatureSpec]) -> None:
@@ -122,9 +124,38 @@ def load_golden(data: bytes) -> list[Golden]:
         raise IntegrityError(_DAMAGED) from exc
 
 
-def _pairs(
-    kind: str, values: Mapping[str, Array], specs: Sequence[TensorSpec]
-) -> list[tuple[str, Array, TensorSpec]]:
+def read_npz(path: Path, *, rtol: float, atol: float) -> list[Golden]:
+    """Returns the examples of an ``.npz`` that people make.
+
+    Its arrays are called ``inputs/NAME`` and ``outputs/NAME`` for ``serving_default``, or
+    ``SIGNATURE/inputs/NAME`` and ``SIGNATURE/outputs/NAME``.
+
+    Raises:
+        InvalidModelError: if it cannot be read, or an array is called otherwise.
+    """
+    groups: dict[str, dict[str, dict[str, Array]]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in archive.files:
+                match = _NPZ_KEY.fullmatch(key)
+                if match is None:
+                    raise InvalidModelError(
+                        f"{shown(path.name)} has an array {shown(key)}: call it inputs/NAME or outputs/NAME, "
+                        "or SIGNATURE/inputs/NAME"
+                    )
+                group = groups.setdefault(match["signature"] or _DEFAULT, {"inputs": {}, "outputs": {}})
+                group[match["kind"]][match["name"]] = _loaded(archive[key])
+    except (zipfile.BadZipFile, ValueError, AttributeError, EOFError, OSError) as exc:
+        raise InvalidModelError(f"{shown(str(path))} is not a readable .npz of plain arrays") from exc
+    return [Golden(name, group["inputs"], group["outputs"], rtol, atol) for name, group in sorted(groups.items())]
+
+
+def _loaded(array: Array) -> Array:
+    # numpy forgets bfloat16 when it saves, and leaves two raw bytes.
+    return tensors.bfloat16_from_bits(array.view(np.uint16)) if array.dtype == np.dtype("V2") else array
+
+
+def _pairs(kind: str, values: Mapping[str, Array], specs: Sequence[TensorSpec]) -> list[tuple[str, Array, TensorSpec]]:
     return [(f"{kind} {shown(s.name)}", np.asarray(values[s.name]), s) for s in specs if s.name in values]
 
 
@@ -136,9 +167,7 @@ def _check_tolerance(one: Golden) -> None:
 def _check_names(one: Golden, signature: SignatureSpec) -> None:
     inputs, outputs = {s.name for s in signature.inputs}, {s.name for s in signature.outputs}
     if missing := sorted(inputs - one.inputs.keys()):
-        raise InvalidModelError(
-            f"golden examples lack the input {shown(missing[0])} of {shown(one.signature)}"
-        )
+        raise InvalidModelError(f"golden examples lack the input {shown(missing[0])} of {shown(one.signature)}")
     for kind, given, known in (("input", one.inputs, inputs), ("output", one.outputs, outputs)):
         if extra := sorted(given.keys() - known):
             raise InvalidModelError(
@@ -158,9 +187,7 @@ def _check_tensor(what: str, array: Array, spec: TensorSpec) -> None:
         raise InvalidModelError(f"golden {what} is {dtype}, the signature says {spec.dtype}")
     if spec.shape is not None and not _fits(array.shape, spec.shape):
         wanted = ", ".join("any" if size is None else str(size) for size in spec.shape)
-        raise InvalidModelError(
-            f"golden {what} has the shape {[*array.shape]}, the signature says [{wanted}]"
-        )
+        raise InvalidModelError(f"golden {what} has the shape {[*array.shape]}, the signature says [{wanted}]")
     if what.startswith("output") and array.dtype.kind == "f" and bool(np.isnan(array).any()):
         raise InvalidModelError(f"golden {what} holds NaN, which no answer can be compared with")
 

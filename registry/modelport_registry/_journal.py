@@ -30,9 +30,7 @@ def actor() -> str:
     return f"{user}@{os.uname().nodename}"
 
 
-def append(
-    path: Path, action: str, *, version: int | None, reason: str, details: Mapping[str, JSON] | None
-) -> None:
+def append(path: Path, action: str, *, version: int | None, reason: str, details: Mapping[str, JSON] | None) -> None:
     """Adds one line, through to the disk.
 
     Raises:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar, cast
 
 from modelport.names import shown
-
 from modelport_registry._errors import IntegrityError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -36,9 +35,7 @@ def parse(data: bytes | str, what: str) -> Fields:
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        document: object = json.loads(
-            text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates
-        )
+        document: object = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as exc:
         raise IntegrityError(f"{what} is damaged: it is not JSON") from exc
     if not isinstance(document, dict):

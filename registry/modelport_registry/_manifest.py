@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import cast
 
 from modelport.names import is_valid_name
-
 from modelport_registry._errors import IntegrityError
 from modelport_registry._json import JSON, Fields, parse
 from modelport_registry._names import MAX_VERSION
@@ -227,8 +226,7 @@ def read_time(fields: Fields, key: str) -> datetime:
 
 def _read_files(fields: Fields) -> tuple[FileEntry, ...]:
     files = tuple(
-        FileEntry(entry.text("path"), entry.integer("size"), entry.text("sha256"))
-        for entry in fields.objects("files")
+        FileEntry(entry.text("path"), entry.integer("size"), entry.text("sha256")) for entry in fields.objects("files")
     )
     legal = all(check_relative_path(f.path) and _SHA256.fullmatch(f.sha256) for f in files)
     if not legal or len({f.path for f in files}) != len(files):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from modelport.names import is_valid_name, shown
-
 from modelport_registry._errors import RegistryError
 
 MAX_VERSION = 2**63 - 1

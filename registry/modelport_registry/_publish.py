@@ -16,7 +16,6 @@ from pathlib import Path
 
 from modelport.names import shown
 from modelport.tensors import DTYPES
-
 from modelport_registry import _golden, _journal, _saved_model
 from modelport_registry._errors import AlreadyExistsError, InvalidModelError, RegistryError, storage_errors
 from modelport_registry._files import (
@@ -106,9 +105,7 @@ def prepare(request: Request) -> Draft:
     """
     with storage_errors("can't read what is to be published"):
         sources = _saved_model_files(request.saved_model) + _report_files(request.report)
-        data = read_bounded(
-            request.saved_model / SAVED_MODEL, _saved_model.MAX_SAVED_MODEL_BYTES, InvalidModelError
-        )
+        data = read_bounded(request.saved_model / SAVED_MODEL, _saved_model.MAX_SAVED_MODEL_BYTES, InvalidModelError)
     info = _saved_model.read_saved_model(data)
     _golden.check_golden(request.golden, info.signatures)
     golden = _golden.dump_golden(request.golden) if request.golden else None
@@ -261,14 +258,11 @@ def _settle(folder: ModelFolder, request: Request, manifest: Manifest) -> None:
 def _warnings(draft: Draft) -> tuple[str, ...]:
     lines: list[str] = []
     if not draft.request.golden:
-        lines.append(
-            "no golden examples: a server cannot check its answers before this version takes traffic"
-        )
+        lines.append("no golden examples: a server cannot check its answers before this version takes traffic")
     for signature in draft.info.signatures.values():
         odd = [t for t in (*signature.inputs, *signature.outputs) if t.dtype not in DTYPES]
         if odd:
             lines.append(
-                f"the signature {shown(signature.name)} cannot be served: "
-                f"{shown(odd[0].name)} is {odd[0].dtype}"
+                f"the signature {shown(signature.name)} cannot be served: {shown(odd[0].name)} is {odd[0].dtype}"
             )
     return tuple(lines)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelport.names import is_valid_name, shown
-
 from modelport_registry import _collect, _journal, _lease, _verify
 from modelport_registry._errors import IntegrityError, NotFoundError, RegistryError, storage_errors
 from modelport_registry._files import read_bounded
@@ -173,9 +172,7 @@ class Registry:
         with storage_errors(f"can't read {model} version {version}"), _named(model, version):
             return _verify.verify(folder, version)
 
-    def set_alias(
-        self, model: str, alias: str, version: int, *, expected_generation: int | None = None
-    ) -> State:
+    def set_alias(self, model: str, alias: str, version: int, *, expected_generation: int | None = None) -> State:
         """Points an alias at a version, and returns the state after it.
 
         Raises:

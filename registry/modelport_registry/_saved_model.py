@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
-from modelport.names import shown
 
+from modelport.names import shown
 from modelport_registry import saved_model_pb2 as pb
 from modelport_registry._errors import InvalidModelError
 from modelport_registry._manifest import SignatureSpec, TensorSpec
@@ -47,9 +47,7 @@ def read_saved_model(data: bytes) -> SavedModelInfo:
     try:
         message = pb.SavedModel.FromString(data)
     except DecodeError as exc:
-        raise InvalidModelError(
-            "saved_model.pb is damaged or not a SavedModel: export the model again"
-        ) from exc
+        raise InvalidModelError("saved_model.pb is damaged or not a SavedModel: export the model again") from exc
     graph = _serving_graph(message)
     signatures = {
         name: SignatureSpec(name, _tensors(signature.inputs), _tensors(signature.outputs))
@@ -68,8 +66,7 @@ def _serving_graph(message: pb.SavedModel) -> pb.MetaGraph:
             return graph
     found = ", ".join(shown("+".join(graph.meta_info.tags)) for graph in message.meta_graphs[:5])
     raise InvalidModelError(
-        f"the SavedModel has no graph tagged {_SERVE!r} (it has: {found or 'no graph at all'}): "
-        "export it for serving"
+        f"the SavedModel has no graph tagged {_SERVE!r} (it has: {found or 'no graph at all'}): export it for serving"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from modelport.names import shown
-
 from modelport_registry._errors import IntegrityError, NotFoundError
 from modelport_registry._files import Found, read_bounded, sha256_of, walk
 from modelport_registry._folder import ModelFolder
@@ -51,9 +50,7 @@ def verify(folder: ModelFolder, version: int) -> Manifest:
 
 
 def _check_names(found: list[Found], expected: dict[str, FileEntry]) -> None:
-    folders = {
-        "/".join(path.split("/")[:depth]) for path in expected for depth in range(1, path.count("/") + 1)
-    }
+    folders = {"/".join(path.split("/")[:depth]) for path in expected for depth in range(1, path.count("/") + 1)}
     files = {item.path: item for item in found if not item.is_folder}
     for item in found:
         if item.path not in (folders if item.is_folder else {MANIFEST, *expected}):

@@ -1,0 +1,524 @@
+"""The registry's commands. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modelport_registry._errors import IntegrityError, RegistryError
+from modelport_registry._json import JSON
+
+if TYPE_CHECKING:
+    from modelport_registry import Golden, Manifest, Registry, SignatureSpec, TensorSpec
+
+_PANEL = "Registry"
+_SHOWN_SIGNATURE_TENSORS = 8
+
+RegistryOption = Annotated[
+    Path, typer.Option("--registry", "-r", envvar="MODELPORT_REGISTRY", help="The registry's folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ModelArgument = Annotated[str, typer.Argument(help="The model's name.")]
+VersionArgument = Annotated[str | None, typer.Argument(help="A version's number, or an alias.")]
+
+_DEFAULT_ROOT = Path("registry")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the registry's commands to ``app``."""
+    for name, command in (
+        ("publish", publish),
+        ("models", models),
+        ("show", show),
+        ("verify", verify),
+        ("alias", alias),
+        ("gc", collect_garbage),
+        ("journal", journal),
+    ):
+        app.command(name, rich_help_panel=_PANEL)(command)
+
+
+def publish(
+    model: ModelArgument,
+    folder: Annotated[Path, typer.Argument(help="The SavedModel's folder.")],
+    registry: RegistryOption = _DEFAULT_ROOT,
+    golden: Annotated[
+        Path | None,
+        typer.Option(
+            help="Examples to check every server with: an .npz whose arrays are called inputs/NAME and "
+            "outputs/NAME, or SIGNATURE/inputs/NAME."
+        ),
+    ] = None,
+    rtol: Annotated[float, typer.Option(help="Relative tolerance of the golden outputs.")] = 1e-4,
+    atol: Annotated[float, typer.Option(help="Absolute tolerance of the golden outputs.")] = 1e-5,
+    metric: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER; again for more.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A word of your own; again for more.")] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="An alias to point at the new version; again for more.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="A folder to keep with the version.")] = None,
+    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a hyper-parameter; again for more.")] = None,
+    code_revision: Annotated[str | None, typer.Option(help="The training code's commit.")] = None,
+    data_sha256: Annotated[str | None, typer.Option(help="The digest of the training data.")] = None,
+    source: Annotated[str | None, typer.Option(help="What made the model, in words.")] = None,
+    version: Annotated[int | None, typer.Option(help="The number to use; the next free one else.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a SavedModel folder as a new version, whole or not at all.
+
+    Every file is hashed, and nothing is visible until all of it is on disk.
+    Golden examples are inputs with the outputs that the model gave for them:
+    a server reproduces them before the version takes traffic.
+
+    Examples:
+        modelport publish mnist ./export --golden golden.npz --alias stable
+
+        modelport publish mnist ./export --metric accuracy=0.991 --json
+    """
+    from modelport_registry import Lineage, Registry
+
+    lineage = Lineage(data_sha256, _parameters(param or []), code_revision, source)
+    metrics = {name: _number(name, text) for name, text in map(_pair, metric or [])}
+    with _progress(f"publishing {model}") as on_progress:
+        result = Registry(registry).publish(
+            model,
+            folder,
+            golden=_golden(golden, rtol, atol),
+            metrics=metrics,
+            lineage=lineage,
+            tags=tag or [],
+            report=report,
+            version=version,
+            aliases=alias or [],
+            on_progress=on_progress,
+        )
+    for warning in result.warnings:
+        _diagnose(f"warning: {warning}")
+    if as_json:
+        document = _manifest_document(result.manifest)
+        _print_json({**document, "path": str(result.path), "warnings": result.warnings})
+        return
+    count, size = len(result.manifest.files), _size(result.manifest.size_bytes)
+    _print(f"published {model} version {result.version}: {count} files, {size}, in {result.path}")
+
+
+def models(registry: RegistryOption = _DEFAULT_ROOT, as_json: JsonOption = False) -> None:
+    """List the models of a registry.
+
+    Examples:
+        modelport models
+
+        modelport models --json
+    """
+    from modelport_registry import Registry
+
+    store = Registry(registry)
+    found: dict[str, tuple[list[int], Mapping[str, int]]] = {}
+    for name in store.models():
+        with _tolerated():
+            found[name] = store.versions(name), store.state(name).aliases
+    if as_json:
+        rows: list[JSON] = [{"model": n, "versions": v, "aliases": dict(a)} for n, (v, a) in found.items()]
+        _print_json({"models": rows})
+        return
+    if not found:
+        _diagnose(f"no models in {registry}; publish one: modelport publish NAME FOLDER")
+        return
+    table = _Table("model", "versions", "highest", "aliases")
+    for name, (versions, aliases) in found.items():
+        texts = (f"{alias}={number}" for alias, number in aliases.items())
+        table.add(name, str(len(versions)), str(versions[-1]), " ".join(texts))
+    table.print()
+
+
+def show(
+    model: ModelArgument,
+    version: VersionArgument = None,
+    registry: RegistryOption = _DEFAULT_ROOT,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's versions, or all about one of them.
+
+    Examples:
+        modelport show mnist
+
+        modelport show mnist 3
+
+        modelport show mnist stable --json
+    """
+    from modelport_registry import Registry
+
+    store = Registry(registry)
+    if version is not None:
+        manifest = store.manifest(model, _resolve(store, model, version))
+        if as_json:
+            _print_json(_manifest_document(manifest))
+        else:
+            _show_version(store, manifest)
+        return
+    store.resolve(model)
+    state = store.state(model)
+    manifests: list[Manifest] = []
+    for number in store.versions(model):
+        with _tolerated():
+            manifests.append(store.manifest(model, number))
+    if as_json:
+        _print_json(
+            {
+                "model": model,
+                "generation": state.generation,
+                "aliases": dict(state.aliases),
+                "versions": [_manifest_document(manifest) for manifest in manifests],
+            }
+        )
+        return
+    table = _Table("version", "created", "size", "golden", "aliases", "metrics", "tags")
+    for manifest in manifests:
+        table.add(
+            str(manifest.version),
+            f"{manifest.created:%Y-%m-%d %H:%M:%S}",
+            _size(manifest.size_bytes),
+            str(manifest.golden),
+            " ".join(name for name, number in state.aliases.items() if number == manifest.version),
+            _metrics_text(manifest),
+            " ".join(manifest.tags),
+        )
+    table.print()
+
+
+def verify(
+    model: ModelArgument,
+    version: VersionArgument = None,
+    registry: RegistryOption = _DEFAULT_ROOT,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a version, or of all versions, against what was published.
+
+    Ends with 1 if anything was changed, added, removed or linked.
+
+    Examples:
+        modelport verify mnist
+
+        modelport verify mnist 3 --json
+    """
+    from modelport_registry import Registry
+
+    store = Registry(registry)
+    wanted = _resolve(store, model, version) if version is not None else None
+    store.resolve(model, version=wanted)
+    rows: list[dict[str, JSON]] = []
+    for number in store.versions(model) if wanted is None else [wanted]:
+        try:
+            manifest = store.verify(model, number)
+        except RegistryError as exc:
+            rows.append({"version": number, "ok": False, "error": str(exc)})
+        else:
+            rows.append({"version": number, "ok": True, "files": len(manifest.files), "bytes": manifest.size_bytes})
+    if as_json:
+        _print_json({"model": model, "ok": all(row["ok"] for row in rows), "versions": rows})
+    for row in rows:
+        if not row["ok"]:
+            _diagnose(f"error: {row['error']}")
+        elif not as_json:
+            _print(f"{model} version {row['version']} is as it was published: {row['files']} files")
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def alias(
+    model: ModelArgument,
+    alias: Annotated[str, typer.Argument(help="The alias, for example stable.")],
+    version: Annotated[
+        str | None, typer.Argument(help="The version to point it at: a number, or another alias.")
+    ] = None,
+    registry: RegistryOption = _DEFAULT_ROOT,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
+    expected_generation: Annotated[
+        int | None, typer.Option(help="Change nothing unless the state has this generation.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Point an alias at a version; show it when no version is given.
+
+    Callers that name nothing get the version that the alias stable points at.
+
+    Examples:
+        modelport alias mnist stable 3
+
+        modelport alias mnist stable
+
+        modelport alias mnist canary --delete
+    """
+    from modelport_registry import Registry
+
+    store = Registry(registry)
+    if delete and version is not None:
+        raise RegistryError("give a version or --delete, not both")
+    if delete:
+        state, number = store.remove_alias(model, alias, expected_generation=expected_generation), None
+    elif version is None:
+        number, state = store.resolve(model, alias=alias), store.state(model)
+    else:
+        number = _resolve(store, model, version)
+        state = store.set_alias(model, alias, number, expected_generation=expected_generation)
+    if as_json:
+        _print_json({"model": model, "alias": alias, "version": number, "generation": state.generation})
+    elif number is None:
+        _print(f"{model} has no alias {alias} any more")
+    else:
+        _print(f"{model} {alias} is version {number}")
+
+
+def collect_garbage(
+    model: Annotated[str | None, typer.Argument(help="The model's name; all models else.")] = None,
+    registry: RegistryOption = _DEFAULT_ROOT,
+    keep: Annotated[int, typer.Option(help="How many of the highest versions stay in any case.")] = 3,
+    staging_age: Annotated[
+        float, typer.Option(help="Spare leftovers of publishes that are younger than this, in seconds.")
+    ] = 3600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old versions, and what publishes that died left behind.
+
+    Versions that an alias points at, or that a server holds, always stay.
+
+    Examples:
+        modelport gc --keep 5 --dry-run
+
+        modelport gc mnist --keep 2
+    """
+    from modelport_registry import Registry
+
+    report = Registry(registry).collect_garbage(model, keep=keep, dry_run=dry_run, staging_age_s=staging_age)
+    if as_json:
+        _print_json(
+            {
+                "removed": dict(report.removed),
+                "leased": dict(report.leased),
+                "leftovers": report.leftovers,
+                "freed_bytes": report.freed_bytes,
+                "dry_run": report.dry_run,
+            }
+        )
+        return
+    done = "would remove" if dry_run else "removed"
+    for name, versions in report.removed.items():
+        _print(f"{done} {name} {_numbers(versions)}")
+    for name, versions in report.leased.items():
+        _print(f"kept {name} {_numbers(versions)}: a server holds it")
+    count = sum(map(len, report.removed.values()))
+    _print(f"{done} {count} versions and {report.leftovers} leftovers, {_size(report.freed_bytes)}")
+
+
+def journal(
+    model: ModelArgument,
+    registry: RegistryOption = _DEFAULT_ROOT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one entry a line.")] = False,
+) -> None:
+    """Print what was done to a model, when, by whom and why.
+
+    Examples:
+        modelport journal mnist
+    """
+    from modelport_registry import Registry
+
+    entries = Registry(registry).journal(model)
+    if as_json:
+        _print_json(
+            [
+                {
+                    "time": entry.time.isoformat(),
+                    "action": entry.action,
+                    "version": entry.version,
+                    "actor": entry.actor,
+                    "reason": entry.reason,
+                    "details": dict(entry.details),
+                }
+                for entry in entries
+            ]
+        )
+        return
+    table = _Table("time", "action", "version", "actor", "reason", "details")
+    for entry in entries:
+        table.add(
+            f"{entry.time:%Y-%m-%d %H:%M:%S}",
+            entry.action,
+            "" if entry.version is None else str(entry.version),
+            entry.actor,
+            entry.reason,
+            " ".join(f"{name}={value}" for name, value in entry.details.items()),
+        )
+    table.print()
+
+
+class _Table:
+    """A table of plain texts on standard output."""
+
+    def __init__(self, *columns: str) -> None:
+        from rich.table import Table
+
+        self._table = Table(*columns, box=None, pad_edge=False, header_style="bold", show_header=any(columns))
+
+    def add(self, *cells: str) -> None:
+        from rich.text import Text
+
+        self._table.add_row(*map(Text, cells))
+
+    def print(self) -> None:
+        from rich.console import Console
+
+        Console().print(self._table)
+
+
+def _show_version(store: Registry, manifest: Manifest) -> None:
+    aliases = [n for n, v in store.state(manifest.model).aliases.items() if v == manifest.version]
+    lineage = manifest.lineage
+    facts = {
+        "model": manifest.model,
+        "version": str(manifest.version),
+        "aliases": " ".join(aliases),
+        "created": f"{manifest.created:%Y-%m-%d %H:%M:%S} UTC by {manifest.publisher}",
+        "framework": " ".join(f"{name} {number}" for name, number in manifest.framework.items()),
+        "metrics": _metrics_text(manifest),
+        "tags": " ".join(manifest.tags),
+        "golden": f"{manifest.golden} examples",
+        "data": lineage.data_sha256 or "",
+        "code": lineage.code_revision or "",
+        "source": lineage.source or "",
+        "parameters": " ".join(f"{name}={json.dumps(value)}" for name, value in lineage.parameters.items()),
+    }
+    table = _Table("", "")
+    for name, value in facts.items():
+        if value:
+            table.add(name, value)
+    for signature in manifest.signatures.values():
+        table.add("signature", _signature_text(signature))
+    for entry in manifest.files:
+        table.add("file", f"{entry.path}  {_size(entry.size)}  sha256 {entry.sha256[:12]}")
+    table.print()
+
+
+def _signature_text(signature: SignatureSpec) -> str:
+    def side(specs: Sequence[TensorSpec]) -> str:
+        texts = [f"{t.name} {t.dtype}{_shape_text(t.shape)}" for t in specs[:_SHOWN_SIGNATURE_TENSORS]]
+        more = len(specs) - len(texts)
+        return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
+
+    return f"{signature.name}({side(signature.inputs)}) -> {side(signature.outputs)}"
+
+
+def _shape_text(shape: tuple[int | None, ...] | None) -> str:
+    if shape is None:
+        return " of any rank"
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+def _manifest_document(manifest: Manifest) -> dict[str, JSON]:
+    document: dict[str, JSON] = json.loads(manifest.to_json())
+    return document
+
+
+def _resolve(store: Registry, model: str, text: str) -> int:
+    if text.isascii() and text.isdigit():
+        return store.resolve(model, version=int(text))
+    return store.resolve(model, alias=text)
+
+
+def _golden(path: Path | None, rtol: float, atol: float) -> list[Golden]:
+    if path is None:
+        return []
+    from modelport_registry._golden import read_npz
+
+    return read_npz(path, rtol=rtol, atol=atol)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise RegistryError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise RegistryError(f"the metric {name!r} is {text!r}: give a number") from exc
+
+
+def _parameters(texts: list[str]) -> dict[str, JSON]:
+    return {name: _value(text) for name, text in map(_pair, texts)}
+
+
+def _value(text: str) -> JSON:
+    """Returns what the JSON ``text`` means, or the text itself: ``epochs=10`` is a number."""
+    from modelport_registry._json import parse
+
+    try:
+        return parse(f'{{"value": {text}}}', "the value").any("value")
+    except IntegrityError:
+        return text
+
+
+@contextlib.contextmanager
+def _tolerated() -> Generator[None]:
+    """Says what is wrong with one item, and lets the others be listed."""
+    try:
+        yield
+    except RegistryError as exc:
+        _diagnose(f"warning: {exc}")
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Generator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+def _print(text: str) -> None:
+    from rich.console import Console
+
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(document: JSON) -> None:
+    json.dump(document, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _diagnose(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _metrics_text(manifest: Manifest) -> str:
+    return " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items())
+
+
+def _numbers(versions: tuple[int, ...]) -> str:
+    return ("version " if len(versions) == 1 else "versions ") + ", ".join(map(str, versions))
+
+
+def _size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
