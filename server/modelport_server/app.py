@@ -1,0 +1,199 @@
+"""The server as a whole: wires its parts, starts them, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from modelport.v1 import model_pb2, prediction_pb2
+from modelport_server.errors import StartError
+from modelport_server.options import RpcOptions, ServerOptions
+from modelport_server.rollout.manager import RolloutManager
+from modelport_server.rollout.status import StatusBoard
+from modelport_server.routing import Router
+from modelport_server.rpc import models, prediction
+from modelport_server.rpc._grpc import new_server
+from modelport_server.rpc.health import Health
+
+_log = logging.getLogger(__name__)
+
+_HARD_EXIT_S = 2.0
+_SECOND_SIGNAL_STATUS = 1
+
+
+class Server:
+    """One front process.
+
+    Args:
+        options: everything that can be set.
+        on_listening: called with the port (0 for a Unix socket) once calls are taken.
+    """
+
+    def __init__(self, options: ServerOptions, *, on_listening: Callable[[int], None] | None = None) -> None:
+        self._options = options
+        self._on_listening = on_listening
+        self._router = Router()
+        self._board = StatusBoard()
+        self._manager = RolloutManager(options, self._router, self._board)
+        self._health = Health(self._board)
+        self._models = models.ModelService(self._board)
+        self._prediction = prediction.PredictionService(self._router, options.rpc)
+        self._grpc = new_server(channel_options(options.rpc), options.rpc.max_concurrent_calls)
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def serve(self) -> None:
+        """Starts, serves until SIGTERM or SIGINT, and stops.
+
+        Raises:
+            StartError: if the port is taken or the address is wrong.
+        """
+        await self.start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self._until_stopped()
+        finally:
+            await self.shut_down()
+
+    async def start(self) -> None:
+        """Listens and begins to load what the registry asks for."""
+        self._add_services()
+        await self._health.start()
+        port = self._bind()
+        await self._grpc.start()
+        self._spawn(self._manager.run())
+        self._spawn(self._health.follow())
+        _log.info(
+            "listening on %s, registry %s",
+            _shown_address(self._options.address, port),
+            self._options.registry,
+        )
+        if self._on_listening is not None:
+            self._on_listening(port)
+
+    def _add_services(self) -> None:
+        from grpc_health.v1 import health, health_pb2_grpc
+        from grpc_reflection.v1alpha import reflection
+
+        add_health: Any = health_pb2_grpc.add_HealthServicer_to_server
+        add_health(self._health.servicer, self._grpc)
+        self._grpc.add_generic_rpc_handlers((self._prediction.handlers(), self._models.handlers()))
+        names = [
+            prediction_pb2.DESCRIPTOR.services_by_name["PredictionService"].full_name,
+            model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        ]
+        reflection.enable_server_reflection(names, self._grpc)
+
+    def _bind(self) -> int:
+        try:
+            return int(self._grpc.add_insecure_port(self._options.address))
+        except RuntimeError:
+            raise StartError(
+                f"can't listen on {self._options.address}: the address is wrong or taken; "
+                "choose another with --address HOST:PORT"
+            ) from None
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(self._on_task_done)
+        self._tasks.append(task)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("a part of the server died; it stops", exc_info=error)
+            self._stop.set()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            _log.warning("second signal: out at once")
+            os._exit(_SECOND_SIGNAL_STATUS)
+        self._stop.set()
+
+    async def _until_stopped(self) -> None:
+        await self._stop.wait()
+
+    async def shut_down(self) -> None:
+        """Turns NOT_SERVING, answers what has been accepted, and ends every process.
+
+        Takes no longer than the lame duck and the grace; two seconds later the process is gone whatever
+        hangs.
+        """
+        options = self._options
+        _log.info("stopping: not serving, new calls are taken for another %g s", options.lame_duck_s)
+        limit_s = options.lame_duck_s + options.grace_s + _HARD_EXIT_S
+        hard_exit = asyncio.get_running_loop().call_later(limit_s, _exit_hard)
+        await self._health.shut_down()
+        await asyncio.sleep(options.lame_duck_s)
+        self._models.drain()
+        self._prediction.drain()
+        stopping = asyncio.get_running_loop().create_task(self._grpc.stop(options.grace_s))
+        idle = asyncio.get_running_loop().create_task(self._prediction.wait_idle())
+        await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
+        self._prediction.refuse()
+        idle.cancel()
+        await self._grpc.stop(0)
+        await stopping
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await self._manager.stop()
+        hard_exit.cancel()
+        _log.info("stopped")
+
+
+def channel_options(options: RpcOptions) -> list[tuple[str, int]]:
+    """Returns gRPC's own settings: finite messages and streams, keepalive, no compression, an own port."""
+    return [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.max_concurrent_streams", options.max_streams_per_connection),
+        ("grpc.so_reuseport", int(options.reuse_port)),
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def _exit_hard() -> None:
+    _log.error("something hangs past the grace; out at once")
+    os._exit(0)
+
+
+def _shown_address(address: str, port: int) -> str:
+    return f"{address.rsplit(':', 1)[0]}:{port}" if port and not address.startswith("unix:") else address
+
+
+def run(options: ServerOptions, *, on_listening: Callable[[int], None] | None = None) -> None:
+    """Runs a server until it is told to stop, on uvloop where that is installed.
+
+    Raises:
+        StartError: if it can't start.
+    """
+    runner = asyncio.Runner(loop_factory=_loop_factory())
+    with runner:
+        runner.run(_serve(options, on_listening))
+
+
+async def _serve(options: ServerOptions, on_listening: Callable[[int], None] | None) -> None:
+    await Server(options, on_listening=on_listening).serve()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,312 @@
+"""The batcher: takes calls, runs them in batches, and ends each exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+from modelport_server.batching.calls import Answer, Batch, BatchOutput, BatchRunner, Call, Key, Part
+from modelport_server.batching.policy import close_batch
+from modelport_server.errors import (
+    ExpiredError,
+    ModelFailureError,
+    NotAvailableError,
+    OverloadedError,
+    ServeError,
+)
+from modelport_server.options import BatchLimits
+from modelport_server.tensors import cut_rows, join_rows, owned
+
+_log = logging.getLogger(__name__)
+
+
+class Batcher:
+    """One servable's queue and the batches that it becomes.
+
+    Used from one event loop. A call is submitted once; its future then gets an answer or a
+    ``ServeError``, or is cancelled by the caller, which drops its waiting rows and touches no other call.
+
+    Args:
+        runner: runs batches, at most ``runner.slots`` at once.
+        limits: bounds of the queue and of a batch.
+        version: the version that answers carry.
+        clock: returns seconds; deadlines are on the same clock.
+    """
+
+    def __init__(
+        self,
+        runner: BatchRunner,
+        limits: BatchLimits,
+        version: int,
+        *,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._runner = runner
+        self._limits = limits
+        self._version = version
+        self._clock = clock
+        self._waiting: dict[Key, deque[Call]] = {}
+        self._retries: deque[Batch] = deque()
+        self._rows = 0
+        self._bytes = 0
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._rows_per_s = 1000.0
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._closed: ServeError | None = None
+        self._paused = False
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expiry_at = float("inf")
+
+    @property
+    def waiting_rows(self) -> int:
+        """How many rows wait."""
+        return self._rows
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return not self._waiting and not self._in_flight and not self._retries
+
+    def submit(self, call: Call) -> None:
+        """Queues ``call``.
+
+        Raises:
+            OverloadedError: if the queue is full.
+            NotAvailableError: if the batcher is closed.
+            ExpiredError: if the call's deadline has passed.
+        """
+        if self._closed is not None:
+            raise self._closed
+        now = self._clock()
+        if call.deadline <= now:
+            raise ExpiredError("the deadline had passed before the call was queued")
+        if not self._has_room(call):
+            wait_s = min(max(self._rows / self._rows_per_s, 0.005), 5.0)
+            raise OverloadedError(f"the queue is full: {self._rows} rows wait", retry_after_s=wait_s)
+        call.enqueued_at = now
+        call.queued = True
+        self._waiting.setdefault(call.key, deque()).append(call)
+        self._rows += call.rows
+        self._bytes += call.bytes
+        call.future.add_done_callback(lambda _: self._drop(call))
+        self._watch_deadline(call.deadline)
+        self._dispatch()
+
+    async def room(self, call: Call) -> None:
+        """Returns when ``call`` fits into the queue, for callers that can wait instead of failing."""
+        while self._closed is None and not call.ended and not self._has_room(call):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._room.append(waiter)
+            await waiter
+
+    def pause(self) -> None:
+        """Stops making batches until ``resume``: calls wait, within the queue's bounds."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Goes on making batches."""
+        self._paused = False
+        self._dispatch()
+
+    def close(self, error: ServeError) -> None:
+        """Fails everything that waits, and whatever comes later, with ``error``."""
+        self._closed = error
+        for call in [call for queue in self._waiting.values() for call in queue]:
+            call.fail(error)  # its callback takes it out of the queue
+        for batch in self._retries:
+            self._fail(batch, error)
+        self._retries.clear()
+        self._wake_room()
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+    def _has_room(self, call: Call) -> bool:
+        if not self._rows and not self._bytes:
+            return True
+        return (
+            self._rows + call.rows <= self._limits.max_enqueued_rows
+            and self._bytes + call.bytes <= self._limits.max_enqueued_bytes
+        )
+
+    def _drop(self, call: Call) -> None:
+        """Takes a call that has ended out of the queue, if it is there."""
+        if not call.queued:
+            return
+        queue = self._waiting[call.key]
+        queue.remove(call)
+        if not queue:
+            del self._waiting[call.key]
+        self._account(call, call.rows - call.taken_rows)
+        self._wake_room()
+
+    def _account(self, call: Call, rows: int) -> None:
+        """Takes rows of ``call`` out of the count of what waits; its bytes go with its last row."""
+        self._rows -= rows
+        call.taken_rows += rows
+        if call.taken_rows == call.rows:
+            call.queued = False
+            self._bytes -= call.bytes
+
+    def _wake_room(self) -> None:
+        """Lets those who wait for room look again."""
+        while self._room:
+            waiter = self._room.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _dispatch(self) -> None:
+        while not self._paused and len(self._in_flight) < self._runner.slots:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            task = asyncio.get_running_loop().create_task(self._run(batch))
+            self._in_flight.add(task)
+            task.add_done_callback(self._on_batch_done)
+
+    def _on_batch_done(self, task: asyncio.Task[None]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("a batch ended with an error of the batcher itself", exc_info=task.exception())
+        self._dispatch()
+
+    def _next_batch(self) -> Batch | None:
+        while self._retries:
+            retry = self._retries.popleft()
+            parts = [part for part in retry.parts if not part.call.ended]
+            if parts:
+                return Batch(retry.signature, parts)
+        for key in self._keys_oldest_first():
+            selection = close_batch(self._live(key), self._limits, in_flight=len(self._in_flight))
+            if selection is not None:
+                return self._take(key, selection.parts)
+        return None
+
+    def _keys_oldest_first(self) -> list[Key]:
+        if len(self._waiting) <= 1:
+            return list(self._waiting)
+        return sorted(self._waiting, key=lambda key: self._waiting[key][0].enqueued_at)
+
+    def _live(self, key: Key) -> Iterator[Call]:
+        """Yields the calls of a queue that are still wanted, and ends those that have expired."""
+        now = self._clock()
+        for call in self._waiting[key]:
+            if call.deadline <= now:
+                call.fail(ExpiredError("the deadline passed while the call was queued"))
+            if not call.ended:
+                yield call
+
+    def _take(self, key: Key, chosen: tuple[tuple[Call, int, int], ...]) -> Batch:
+        now = self._clock()
+        parts: list[Part] = []
+        for call, start, stop in chosen:
+            if start == 0:
+                call.first_run_at = now
+            self._account(call, stop - start)
+            parts.append(Part(call, start, stop))
+        queue = self._waiting[key]
+        last = chosen[-1][0]
+        for _ in range(queue.index(last) + 1):
+            call = queue.popleft()
+            if call.queued and call.ended:  # it waits for its own callback, which comes too late now
+                self._account(call, call.rows - call.taken_rows)
+            elif call.queued:
+                queue.appendleft(call)  # only the last one taken has rows left
+                break
+        if not queue:
+            del self._waiting[key]
+        self._wake_room()
+        return Batch(last.signature, parts)
+
+    def _watch_deadline(self, deadline: float) -> None:
+        """Sees to it that a call which nothing takes from the queue still ends when it expires."""
+        if deadline >= self._expiry_at or deadline == float("inf"):
+            return
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry_at = deadline
+        delay_s = max(deadline - self._clock(), 0.0)
+        self._expiry = asyncio.get_running_loop().call_later(delay_s, self._on_expiry)
+
+    def _on_expiry(self) -> None:
+        self._expiry = None
+        self._expiry_at = float("inf")
+        for key in self._waiting:
+            deque(self._live(key), maxlen=0)
+        deadlines = [call.deadline for queue in self._waiting.values() for call in queue if not call.ended]
+        if deadlines:
+            self._watch_deadline(min(deadlines))
+
+    async def _run(self, batch: Batch) -> None:
+        try:
+            output = await self._runner.run(batch)
+        except ModelFailureError as error:
+            self._isolate(batch, error)
+            return
+        except ServeError as error:
+            self._fail(batch, error)
+            return
+        except asyncio.CancelledError:
+            self._fail(batch, NotAvailableError("the server is stopping"))
+            raise
+        except Exception:
+            _log.exception("running a batch failed")
+            self._fail(batch, NotAvailableError("the engine could not be reached"))
+            return
+        try:
+            self._deliver(batch, output)
+        except ModelFailureError as error:
+            self._isolate(batch, error)
+        except Exception:
+            _log.exception("the outputs of a batch could not be handed out")
+            self._fail(batch, ModelFailureError("the model's outputs could not be handed out"))
+        finally:
+            output.release()
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        for part in batch.parts:
+            part.call.fail(error)
+
+    def _isolate(self, batch: Batch, error: ModelFailureError) -> None:
+        """Finds out whose rows made a batch fail, by running its halves."""
+        if len(batch.parts) == 1:
+            batch.parts[0].call.fail(error)
+            return
+        middle = len(batch.parts) // 2
+        self._retries.append(Batch(batch.signature, batch.parts[:middle]))
+        self._retries.append(Batch(batch.signature, batch.parts[middle:]))
+
+    def _deliver(self, batch: Batch, output: BatchOutput) -> None:
+        rows = batch.rows
+        if batch.parts[0].call.splittable:
+            for tensor in output.outputs:
+                if not tensor.shape or tensor.shape[0] != rows:
+                    raise ModelFailureError(
+                        f"the model's output {tensor.name!r} has shape {list(tensor.shape)} for {rows} rows"
+                    )
+        if output.engine_time_us > 0:
+            self._rows_per_s += 0.1 * (rows / (output.engine_time_us / 1e6) - self._rows_per_s)
+        first = 0
+        for part in batch.parts:
+            if not part.call.ended:
+                self._deliver_part(part, output, first)
+            first += part.rows
+
+    def _deliver_part(self, part: Part, output: BatchOutput, first: int) -> None:
+        call = part.call
+        if call.splittable:
+            tensors = tuple(owned(cut_rows(t, first, first + part.rows)) for t in output.outputs)
+        else:
+            tensors = tuple(owned(tensor) for tensor in output.outputs)
+        call.engine_time_us += output.engine_time_us
+        call.finished_rows += part.rows
+        call.pieces.append((part.start, tensors))
+        if call.finished_rows < call.rows:
+            return
+        call.pieces.sort(key=lambda piece: piece[0])
+        columns = zip(*(piece for _, piece in call.pieces), strict=True)
+        outputs = tuple(join_rows(column) for column in columns) if len(call.pieces) > 1 else tensors
+        queue_time_us = int((call.first_run_at - call.enqueued_at) * 1e6)
+        call.future.set_result(Answer(self._version, outputs, queue_time_us, call.engine_time_us))

@@ -1,0 +1,120 @@
+"""Calls that wait for an engine, and the batches that are made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from modelport_server.tensors import RawTensor
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call gets back."""
+
+    version: int
+    outputs: tuple[RawTensor, ...]
+    queue_time_us: int
+    engine_time_us: int
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One Predict call, checked against its signature, until it has ended."""
+
+    signature: str
+    key: Key
+    """Calls with equal keys can run together, if they are splittable."""
+    inputs: tuple[RawTensor, ...]
+    """In the signature's order."""
+    rows: int
+    """The size of the first dimension; 1 for a call that runs as it is. Never 0."""
+    splittable: bool
+    """Whether its rows can run apart from each other and together with other calls' rows."""
+    future: asyncio.Future[Answer]
+    deadline: float = math.inf
+    """When it expires, on the clock that the batcher uses."""
+    enqueued_at: float = 0.0
+    first_run_at: float = 0.0
+    queued: bool = False
+    """Whether it has rows in the queue."""
+    taken_rows: int = 0
+    """How many rows have been put into batches."""
+    finished_rows: int = 0
+    engine_time_us: int = 0
+    pieces: list[tuple[int, tuple[RawTensor, ...]]] = field(default_factory=list[tuple[int, tuple[RawTensor, ...]]])
+    """Outputs of the parts that have run, each with its first row."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of all inputs."""
+        return sum(len(tensor.data) for tensor in self.inputs)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has an answer or an error, or its caller is gone."""
+        return self.future.done()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the call with ``error`` unless it has ended."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of one call."""
+
+    call: Call
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Parts that run together."""
+
+    signature: str
+    parts: Sequence[Part]
+
+    @property
+    def rows(self) -> int:
+        """How many rows all parts have together."""
+        return sum(part.rows for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutput:
+    """What an engine made of a batch; its tensors are valid until ``release`` is called."""
+
+    outputs: tuple[RawTensor, ...]
+    engine_time_us: int
+    release: Callable[[], None]
+
+
+class BatchRunner(Protocol):
+    """What the batcher needs of an engine."""
+
+    @property
+    def slots(self) -> int:
+        """How many batches can be under way at once."""
+        ...
+
+    async def run(self, batch: Batch) -> BatchOutput:
+        """Runs ``batch``.
+
+        Raises:
+            ModelFailureError: if the model failed on these rows.
+            NotAvailableError: if the engine died, is not there, or hangs.
+        """
+        ...

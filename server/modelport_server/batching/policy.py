@@ -1,0 +1,56 @@
+"""Which rows run together: a pure function of what waits, the limits and the clock.
+
+Batching is work-conserving: an idle engine takes whatever waits at once. While a batch runs, rows
+gather, and a further batch is closed only when it is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from modelport_server.batching.calls import Call
+from modelport_server.options import BatchLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The next batch: which rows of which calls."""
+
+    parts: tuple[tuple[Call, int, int], ...]
+    """Each a call, its first row and the row after its last."""
+
+
+def close_batch(waiting: Iterable[Call], limits: BatchLimits, *, in_flight: int) -> Selection | None:
+    """Returns the rows that should run next, or None to go on gathering.
+
+    Args:
+        waiting: the calls that can run together, oldest first, none ended and each with rows left.
+        limits: bounds of a batch.
+        in_flight: how many batches the engine has.
+    """
+    parts: list[tuple[Call, int, int]] = []
+    rows_left = limits.max_batch_size
+    bytes_left = limits.max_batch_bytes
+    full = False
+    for call in waiting:
+        if not call.splittable:
+            full = True
+            if not parts:
+                parts.append((call, 0, call.rows))
+            break
+        left = call.rows - call.taken_rows
+        row_bytes = call.bytes / max(call.rows, 1)
+        fitting = min(left, rows_left, int(bytes_left // row_bytes) if row_bytes else left)
+        if fitting == 0 and not parts:
+            fitting = min(left, 1)  # a row larger than a batch may be runs alone
+        if fitting:
+            parts.append((call, call.taken_rows, call.taken_rows + fitting))
+            rows_left -= fitting
+            bytes_left -= int(fitting * row_bytes)
+        if fitting < left or rows_left == 0:
+            full = True
+            break
+    if not parts or (in_flight and not full):
+        return None
+    return Selection(tuple(parts))

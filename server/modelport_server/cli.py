@@ -1,0 +1,85 @@
+"""``modelport serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MIB = 1 << 20
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the server's commands."""
+    app.command("serve", rich_help_panel="Serve")(serve)
+
+
+def serve(
+    registry: Annotated[
+        Path, typer.Option("--registry", "-r", envvar="MODELPORT_REGISTRY", help="The registry's folder.")
+    ] = Path("registry"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Serve this model; repeat for more. Default: all."),
+    ] = None,
+    address: Annotated[
+        str,
+        typer.Option(help="HOST:PORT, port 0 for any free one, or unix:PATH.", envvar="MODELPORT_ADDRESS"),
+    ] = "127.0.0.1:8500",
+    grace: Annotated[float, typer.Option(help="Seconds that accepted calls may take after SIGTERM.")] = 10.0,
+    lame_duck: Annotated[float, typer.Option(help="Seconds in which new calls are still taken after SIGTERM.")] = 0.3,
+    max_batch_size: Annotated[int, typer.Option(help="The most rows that run together.")] = 128,
+    max_enqueued_rows: Annotated[int, typer.Option(help="The most rows that wait for a version.")] = 8192,
+    max_message_mib: Annotated[int, typer.Option(help="The largest message, in MiB.")] = 64,
+    threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
+    load_timeout: Annotated[float, typer.Option(help="Seconds that a version may take to load.")] = 300.0,
+    poll_interval: Annotated[float, typer.Option(help="Seconds between two looks at the registry.")] = 0.25,
+    pinned_stream_limit: Annotated[
+        float, typer.Option(help="Seconds that streams may stay on a version that has been replaced.")
+    ] = 600.0,
+    reuse_port: Annotated[bool, typer.Option(help="Let several servers share the port.")] = False,
+    port_file: Annotated[Path | None, typer.Option(help="Write the port to this file once calls are taken.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve the models of a registry over gRPC.
+
+    A version takes traffic once it has reproduced its golden examples on this machine. Newer versions
+    take over by themselves; SIGTERM answers what has been accepted and ends with status 0.
+
+    Examples:
+
+        modelport serve --registry registry
+
+        modelport serve -r registry -m digits --address 0.0.0.0:8500
+
+        modelport serve -r registry --address unix:/run/modelport.sock
+    """
+    import logging
+
+    from modelport_server import app, options
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    chosen = options.ServerOptions(
+        registry=registry.absolute(),
+        models=tuple(model or ()),
+        address=address,
+        grace_s=grace,
+        lame_duck_s=lame_duck,
+        batch=options.BatchLimits(max_batch_size=max_batch_size, max_enqueued_rows=max_enqueued_rows),
+        engine=options.EngineLimits(threads=threads, load_timeout_s=load_timeout),
+        rollout=options.RolloutOptions(poll_interval_s=poll_interval, pinned_stream_limit_s=pinned_stream_limit),
+        rpc=options.RpcOptions(max_message_bytes=max_message_mib * _MIB, reuse_port=reuse_port),
+    )
+
+    def on_listening(port: int) -> None:
+        if port_file is not None:
+            scratch = port_file.with_name(port_file.name + ".tmp")
+            scratch.write_text(f"{port}\n")
+            scratch.replace(port_file)
+
+    app.run(chosen, on_listening=on_listening)

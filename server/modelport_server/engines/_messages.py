@@ -1,0 +1,58 @@
+"""What the front and an engine process say to each other over their socket pair.
+
+Each message is one JSON object in one packet; tensors lie in the shared memory of the slot that the
+message names. The front sends ``load`` once, then ``run`` for each batch; the engine process answers
+with ``state`` and then ``ready`` or ``rejected``, and with ``done`` or ``failed`` for each ``run``.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from modelport.tensors import DTYPES_BY_NUMBER
+from modelport_server.engines._memory import Region, aligned
+from modelport_server.tensors import RawTensor
+
+MAX_MESSAGE_BYTES = 160_000
+Message = dict[str, Any]
+
+
+def pack(message: Message) -> bytes:
+    """Returns ``message`` as a packet."""
+    return json.dumps(message, separators=(",", ":")).encode()
+
+
+def receive(channel: socket.socket) -> Message | None:
+    """Returns the next message; None when the other side is gone."""
+    packet = channel.recv(MAX_MESSAGE_BYTES)
+    return json.loads(packet) if packet else None
+
+
+def describe(tensors: Sequence[RawTensor]) -> tuple[list[list[Any]], int]:
+    """Returns where ``tensors`` lie when they are put one after another, and the bytes that they take."""
+    entries: list[list[Any]] = []
+    end = 0
+    for tensor in tensors:
+        start = aligned(end)
+        end = start + len(tensor.data)
+        entries.append([tensor.name, tensor.dtype.number, tensor.shape, start, len(tensor.data)])
+    return entries, end
+
+
+def write(region: Region, tensors: Sequence[RawTensor], entries: Sequence[Sequence[Any]], size: int) -> None:
+    """Copies ``tensors`` to the places that ``describe`` gave."""
+    memory = region.at_least(size)
+    for tensor, entry in zip(tensors, entries, strict=True):
+        memory[entry[3] : entry[3] + entry[4]] = tensor.data
+
+
+def read(region: Region, entries: Sequence[Sequence[Any]], size: int) -> tuple[RawTensor, ...]:
+    """Returns the tensors that the other side wrote, as views of the shared memory."""
+    memory = region.at_least(size)
+    return tuple(
+        RawTensor(name, DTYPES_BY_NUMBER[number], tuple(shape), memory[start : start + length])
+        for name, number, shape, start, length in entries
+    )

@@ -1,0 +1,52 @@
+"""The seam between modelport and whatever runs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+class Engine(Protocol):
+    """Runs one SavedModel, in an engine process."""
+
+    @property
+    def name(self) -> str:
+        """The engine and its version, for people."""
+        ...
+
+    def load(self, path: Path, signatures: Sequence[str]) -> None:
+        """Loads the SavedModel at ``path`` and makes ``signatures`` ready to run.
+
+        Raises:
+            EngineError: if the model can't be loaded.
+        """
+        ...
+
+    def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Runs one batch.
+
+        Strings are object arrays of ``bytes``; bfloat16 is ``ml_dtypes.bfloat16``.
+
+        Raises:
+            EngineError: if the model fails on these inputs.
+        """
+        ...
+
+
+class EngineError(Exception):
+    """The model could not be loaded or run; the text is fit for callers.
+
+    Args:
+        message: what went wrong, in one line.
+        caller_fault: whether the inputs are to blame.
+    """
+
+    def __init__(self, message: str, *, caller_fault: bool = False) -> None:
+        super().__init__(message)
+        self.caller_fault = caller_fault

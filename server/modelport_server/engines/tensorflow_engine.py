@@ -1,0 +1,91 @@
+"""The SavedModel's own runtime. Imported in engine processes and by ``modelport predict --local`` only."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelport_server.engines.protocol import Array, EngineError
+
+_MESSAGE_CHARACTERS = 400
+_GRAPH_NODE = re.compile(r"\{\{.*?\}\}\s*")
+_PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
+
+
+class TensorFlowEngine:
+    """Runs signatures of a SavedModel eagerly.
+
+    Args:
+        threads: how many threads one operation may use; 0 leaves it to TensorFlow.
+    """
+
+    def __init__(self, *, threads: int = 0) -> None:
+        self._tf = import_tensorflow()
+        if threads:
+            self._tf.config.threading.set_intra_op_parallelism_threads(threads)
+        self._tf.constant(0)  # makes TensorFlow's thread pools, which take on this thread's priority
+        self._model: Any = None
+        self._functions: dict[str, Any] = {}
+        self._output_names: dict[str, list[str]] = {}
+
+    @property
+    def name(self) -> str:
+        """The engine and its version."""
+        return f"tensorflow {self._tf.__version__}"
+
+    def load(self, path: Path, signatures: Sequence[str]) -> None:
+        """Loads the SavedModel at ``path``.
+
+        Raises:
+            EngineError: if TensorFlow can't load it or a signature is missing.
+        """
+        try:
+            self._model = self._tf.saved_model.load(str(path))
+        except Exception as error:
+            raise EngineError(f"TensorFlow can't load it: {public_text(error)}") from error
+        for name in signatures:
+            if name not in self._model.signatures:
+                raise EngineError(f"the loaded model has no signature {name!r}")
+            self._functions[name] = self._model.signatures[name]
+
+    def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Runs one batch.
+
+        Raises:
+            EngineError: if TensorFlow reports an error; the caller's fault if it is INVALID_ARGUMENT or
+                OUT_OF_RANGE.
+        """
+        errors = self._tf.errors
+        tensors = {name: self._tf.convert_to_tensor(array) for name, array in inputs.items()}
+        try:
+            outputs = self._functions[signature](**tensors)
+            return {name: _to_array(tensor) for name, tensor in outputs.items()}
+        except (errors.InvalidArgumentError, errors.OutOfRangeError) as error:
+            raise EngineError(public_text(error), caller_fault=True) from error
+        except Exception as error:
+            raise EngineError(public_text(error)) from error
+
+
+def import_tensorflow() -> Any:
+    """Imports TensorFlow with its start-up messages turned off, and returns it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    import tensorflow as tf
+
+    return tf
+
+
+def _to_array(tensor: Any) -> Array:
+    import numpy as np
+
+    return np.asarray(tensor.numpy(), dtype=object if tensor.dtype == "string" else None)
+
+
+def public_text(error: Exception) -> str:
+    """Returns the first line of an error's text without graph nodes and paths, cut to a bounded length."""
+    text = str(getattr(error, "message", None) or error).strip() or type(error).__name__
+    line = _PATH.sub("...", _GRAPH_NODE.sub("", text.splitlines()[0]))
+    return line[:_MESSAGE_CHARACTERS]

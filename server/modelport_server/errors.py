@@ -1,0 +1,75 @@
+"""What can go wrong with a call, in the server's own words; ``rpc`` maps it to gRPC statuses.
+
+ServeError
+|-- InvalidCallError      the request is wrong; sending it again is of no use
+|-- UnknownNameError      no such model or version
+|-- NotLoadedError        it exists, but is not loaded
+|-- OverloadedError       the queue is full
+|-- NotAvailableError     nothing can answer at the moment
+|-- ExpiredError          the deadline passed before the call ran
+`-- ModelFailureError     the model itself failed
+"""
+
+from __future__ import annotations
+
+from modelport.exceptions import ModelportError
+
+
+class ServeError(ModelportError):
+    """A call that can't be answered."""
+
+    retry_after_s: float | None = None
+    """How long a caller had better wait before it tries again, in seconds; None: not worth it."""
+
+
+class InvalidCallError(ServeError):
+    """The request is wrong, whoever answers it."""
+
+
+class UnknownNameError(ServeError):
+    """The request names a model or a version that does not exist."""
+
+
+class NotLoadedError(ServeError):
+    """The request names something that exists and is not loaded."""
+
+
+class OverloadedError(ServeError):
+    """The queue is full."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotAvailableError(ServeError):
+    """Nothing can answer at the moment: the engine died, or the server is stopping."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ExpiredError(ServeError):
+    """The call's deadline passed before it was run."""
+
+
+class ModelFailureError(ServeError):
+    """The model failed on these inputs.
+
+    Args:
+        message: what the model said, fit for callers.
+        caller_fault: whether the model blamed its inputs, as TensorFlow's INVALID_ARGUMENT does.
+    """
+
+    def __init__(self, message: str, *, caller_fault: bool = False) -> None:
+        super().__init__(message)
+        self.caller_fault = caller_fault
+
+
+class EngineDiedError(NotAvailableError):
+    """The engine process ended while the call was in it."""
+
+
+class StartError(ModelportError):
+    """The server can't start; the text says why."""

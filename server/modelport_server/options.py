@@ -1,0 +1,143 @@
+"""What can be set, each value checked when it is set."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelport.exceptions import ModelportError
+from modelport.names import is_valid_name, shown
+
+MIB = 1 << 20
+
+
+class OptionError(ModelportError):
+    """An option has a value that it can't have."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise OptionError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """Bounds of a servable's queue and of the batches that are made from it."""
+
+    max_batch_size: int = 128
+    """The most rows that run together; larger calls are split. Default 128."""
+    max_batch_bytes: int = 16 * MIB
+    """The most input bytes that run together, if a row is not larger by itself. Default 16 MiB."""
+    max_enqueued_rows: int = 8192
+    """The most rows that wait for a servable. One call of any size may wait alone. Default 8192."""
+    max_enqueued_bytes: int = 256 * MIB
+    """The most input bytes that wait for a servable, counted in the same way. Default 256 MiB."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_batch_bytes", "max_enqueued_rows", "max_enqueued_bytes"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of an engine process."""
+
+    load_timeout_s: float = 300.0
+    """The longest that verifying, loading and warming up may take, in seconds. Default 300."""
+    run_timeout_s: float = 60.0
+    """The longest that one batch may run before the engine counts as hung, in seconds. Default 60."""
+    max_memory_bytes: int = 0
+    """The most resident memory of an engine process; 0, the default, means 80% of the machine's."""
+    threads: int = 0
+    """Threads that one operation may use; 0, the default, leaves it to the engine."""
+    max_concurrent_loads: int = 2
+    """How many versions load at the same time, over all models. Default 2."""
+
+    def __post_init__(self) -> None:
+        _require(self.load_timeout_s > 0, "load_timeout_s must be above 0")
+        _require(self.run_timeout_s > 0, "run_timeout_s must be above 0")
+        _require(self.max_memory_bytes >= 0, "max_memory_bytes must not be negative")
+        _require(self.threads >= 0, "threads must not be negative")
+        _require(self.max_concurrent_loads >= 1, "max_concurrent_loads must be at least 1")
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """The effective limit of resident memory, in bytes."""
+        return self.max_memory_bytes or int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutOptions:
+    """How versions come and go."""
+
+    poll_interval_s: float = 0.25
+    """How often the registry is looked at, in seconds. Default 0.25."""
+    pinned_stream_limit_s: float = 600.0
+    """How long streams may stay on a version that has been replaced, in seconds. Default 600."""
+    max_beside_stable: int = 2
+    """How many versions of a model may be loaded beside the one in charge and the aliased ones, loading
+    and draining ones counted. When more are wanted, the streams of the oldest are ended. Default 2."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.poll_interval_s <= 60, "poll_interval_s must be above 0 and at most 60")
+        _require(self.pinned_stream_limit_s >= 0, "pinned_stream_limit_s must not be negative")
+        _require(self.max_beside_stable >= 1, "max_beside_stable must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RpcOptions:
+    """The gRPC server's own bounds.
+
+    At most ``max_concurrent_calls`` messages of ``max_message_bytes`` can be held at once, which is
+    the worst case of the front's memory.
+    """
+
+    max_message_bytes: int = 64 * MIB
+    """The largest message, in bytes, either way. Default 64 MiB."""
+    max_concurrent_calls: int = 4096
+    """The most calls and streams at once; more get RESOURCE_EXHAUSTED. Default 4096."""
+    max_streams_per_connection: int = 1024
+    """The most calls and streams at once on one connection; more wait. Default 1024."""
+    stream_window_messages: int = 32
+    """The most messages of one stream that are worked on at once. Default 32."""
+    stream_window_bytes: int = 4 * MIB
+    """The most bytes of one stream's messages that are worked on at once, if one message is not
+    larger by itself. Default 4 MiB."""
+    reuse_port: bool = False
+    """Let several servers share the port. Default off."""
+
+    def __post_init__(self) -> None:
+        _require(1024 <= self.max_message_bytes < 2**31, "max_message_bytes must be in 1024 .. 2^31 - 1")
+        for name in ("max_concurrent_calls", "max_streams_per_connection", "stream_window_messages"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Everything that ``modelport serve`` can be told."""
+
+    registry: Path
+    """The registry's folder."""
+    models: tuple[str, ...] = ()
+    """The models to serve; none, the default, means all that the registry has."""
+    address: str = "127.0.0.1:8500"
+    """Where to listen: ``host:port``, port 0 for any free one, or ``unix:PATH``."""
+    grace_s: float = 10.0
+    """How long accepted calls may take after SIGTERM, in seconds. Default 10."""
+    lame_duck_s: float = 0.3
+    """How long new calls are still taken after health has turned NOT_SERVING, in seconds. Default 0.3."""
+    batch: BatchLimits = field(default_factory=BatchLimits)
+    """Bounds of queues and batches."""
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    """Bounds of engine processes."""
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    """How versions come and go."""
+    rpc: RpcOptions = field(default_factory=RpcOptions)
+    """The gRPC server's bounds."""
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            _require(is_valid_name(model), f"{shown(model)} is not a model name: use [a-z0-9][a-z0-9_-]{{0,63}}")
+        _require(self.grace_s >= 0, "grace_s must not be negative")
+        _require(0 <= self.lame_duck_s <= 60, "lame_duck_s must be in 0 .. 60")

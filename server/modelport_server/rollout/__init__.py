@@ -1,0 +1,1 @@
+"""Rollout: which versions should be loaded, and the next step towards that."""

@@ -1,0 +1,405 @@
+"""Carries out the rollout: looks at the registry, asks the policy, and does what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+from modelport.exceptions import ModelportError
+from modelport_registry import Manifest, Registry
+from modelport_server.engines.process import LoadOrder, RejectedError
+from modelport_server.options import ServerOptions
+from modelport_server.rollout.policy import (
+    Action,
+    ModelSnapshot,
+    State,
+    Verb,
+    VersionSnapshot,
+    charge,
+    next_action,
+)
+from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
+from modelport_server.routing import Router
+from modelport_server.servable import Servable
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """What the registry holds of one model."""
+
+    versions: tuple[int, ...]
+    aliases: Mapping[str, int]
+
+
+@dataclass(eq=False, slots=True)
+class Tracked:
+    """One version and what has become of it."""
+
+    version: int
+    state: State = State.DISCOVERED
+    reason: str = ""
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+    since_s: float = field(default_factory=monotonic)
+    in_registry: bool = True
+    servable: Servable | None = None
+    manifest: Manifest | None = None
+    hold: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Keeps the version's folder from being collected while it is loaded."""
+
+    def become(self, state: State, reason: str = "") -> None:
+        """Changes the state."""
+        self.state, self.reason = state, reason
+        self.since, self.since_s = datetime.now(UTC), monotonic()
+
+
+class ModelRollout:
+    """One model's versions.
+
+    Args:
+        name: the model.
+        options: the server's options.
+        router: told which version answers.
+        board: told what there is to know.
+        loads: bounds how many versions load at once, over all models.
+        changed: called when the policy should be asked again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: ServerOptions,
+        router: Router,
+        board: StatusBoard,
+        loads: asyncio.Semaphore,
+        changed: Callable[[], None],
+    ) -> None:
+        self._name = name
+        self._options = options
+        self._registry = Registry(options.registry)
+        self._route = router.route(name)
+        self._board = board
+        self._loads = loads
+        self._changed = changed
+        self._versions: dict[int, Tracked] = {}
+        self._aliases: Mapping[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._warned: set[str] = set()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of it, in the registry or in memory."""
+        return not self._versions and not self._tasks
+
+    @property
+    def serving(self) -> int | None:
+        """The version in charge."""
+        return self._route.serving.version if self._route.serving is not None else None
+
+    def observe(self, view: ModelView) -> None:
+        """Takes in what the registry holds now."""
+        self._aliases = dict(view.aliases)
+        self._route.aliases = self._aliases
+        for number in view.versions:
+            self._versions.setdefault(number, Tracked(number))
+        for number, tracked in list(self._versions.items()):
+            tracked.in_registry = number in view.versions
+            if not tracked.in_registry and tracked.state in (State.DISCOVERED, State.RETIRED, State.REJECTED):
+                del self._versions[number]
+
+    def advance(self) -> None:
+        """Does whatever there is to do."""
+        while (action := next_action(self._snapshot())) is not None:
+            self._carry_out(action)
+        self._warn_of_missing_stable()
+        self.publish_status()
+
+    def _snapshot(self) -> ModelSnapshot:
+        now = monotonic()
+        return ModelSnapshot(
+            versions={n: _version_snapshot(tracked, now) for n, tracked in self._versions.items()},
+            aliases=self._aliases,
+            serving=self.serving,
+            max_beside_stable=self._options.rollout.max_beside_stable,
+            pinned_stream_limit_s=self._options.rollout.pinned_stream_limit_s,
+        )
+
+    def _carry_out(self, action: Action) -> None:
+        tracked = self._versions[action.version]
+        _log.debug("%s@%d: %s", self._name, action.version, action.verb.value)
+        if action.verb is Verb.LOAD:
+            tracked.become(State.VERIFYING)
+            self._spawn(self._load(tracked))
+        elif action.verb is Verb.SERVE:
+            self._serve(tracked)
+        elif action.verb is Verb.DRAIN:
+            tracked.become(State.DRAINING, "another version has taken over")
+            self._route.available.pop(action.version, None)
+        elif action.verb is Verb.REVIVE:
+            self._make_available(tracked)
+        elif action.verb is Verb.END_STREAMS:
+            _servable(tracked).retire_streams.set()
+        elif action.verb is Verb.RETIRE:
+            self._spawn(self._retire(tracked))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s: a step of the rollout failed", self._name, exc_info=error)
+        self._changed()
+
+    async def _load(self, tracked: Tracked) -> None:
+        number = tracked.version
+        try:
+            async with self._loads:
+                _log.info("%s@%d: loading", self._name, number)
+                started = monotonic()
+                servable = await self._new_servable(tracked)
+                await servable.start()
+        except RejectedError as error:
+            await self._reject(tracked, error.gate, str(error))
+            return
+        except (ModelportError, OSError) as error:
+            await self._reject(tracked, "integrity", str(error))
+            return
+        except BaseException:
+            tracked.hold.close()
+            raise
+        tracked.servable = servable
+        self._make_available(tracked)
+        if not servable.golden_examples:
+            tracked.reason = "published without golden examples: its answers were not checked"
+            _log.warning("%s@%d: %s", self._name, number, tracked.reason)
+        _log.info(
+            "%s@%d: available after %.1f s, %d golden examples reproduced on %s",
+            self._name, number, monotonic() - started, servable.golden_examples, servable.engine_name,
+        )  # fmt: skip
+
+    async def _new_servable(self, tracked: Tracked) -> Servable:
+        number = tracked.version
+        await asyncio.to_thread(tracked.hold.enter_context, self._registry.lease(self._name, number))
+        manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
+        tracked.manifest = manifest
+        limits = self._options.batch
+        return Servable(
+            LoadOrder(self._options.registry, self._name, number, limits.max_batch_size),
+            manifest,
+            limits,
+            self._options.engine,
+            on_state=lambda state: self._on_engine_state(tracked, state),
+            on_rejected=lambda gate, reason: self._spawn(self._lose(tracked, gate, reason)),
+        )
+
+    def _on_engine_state(self, tracked: Tracked, state: str) -> None:
+        if tracked.state in (State.VERIFYING, State.LOADING, State.WARMING):
+            tracked.become(State(state))
+            self.publish_status()
+
+    def _make_available(self, tracked: Tracked) -> None:
+        tracked.become(State.AVAILABLE)
+        self._route.available[tracked.version] = _servable(tracked)
+
+    def _serve(self, tracked: Tracked) -> None:
+        before = self.serving
+        self._route.serving = _servable(tracked)
+        _log.info("%s@%d: serving%s", self._name, tracked.version, f", was @{before}" if before else "")
+        self._record("serving", tracked.version, details={"before": before, "engine": _servable(tracked).engine_name})
+
+    async def _reject(self, tracked: Tracked, gate: str, reason: str) -> None:
+        tracked.become(State.REJECTED, f"{gate}: {reason}")
+        tracked.hold.close()
+        _log.error("%s@%d: rejected: %s", self._name, tracked.version, tracked.reason)
+        self._record("rejected", tracked.version, reason=tracked.reason)
+
+    async def _lose(self, tracked: Tracked, gate: str, reason: str) -> None:
+        """Takes a version that was available out of traffic, because its engine keeps failing."""
+        self._take_out(tracked)
+        await _servable(tracked).stop()
+        tracked.servable = None
+        await self._reject(tracked, gate, reason)
+
+    def _take_out(self, tracked: Tracked) -> None:
+        self._route.available.pop(tracked.version, None)
+        if self._route.serving is tracked.servable:
+            self._route.serving = None
+        tracked.become(State.REJECTED, "its engine keeps failing")
+
+    async def _retire(self, tracked: Tracked) -> None:
+        servable = _servable(tracked)
+        tracked.become(State.RETIRED)
+        tracked.servable = None
+        await servable.stop()
+        tracked.hold.close()
+        _log.info("%s@%d: retired", self._name, tracked.version)
+
+    def _record(self, action: str, version: int, **more: Any) -> None:
+        async def write() -> None:
+            try:
+                await asyncio.to_thread(self._registry.record, self._name, action, version=version, **more)
+            except (OSError, ModelportError) as error:
+                _log.warning("%s: the journal can't be written: %s", self._name, error)
+
+        self._spawn(write())
+
+    def _warn_of_missing_stable(self) -> None:
+        wanted = charge(self._snapshot())
+        tracked = self._versions.get(wanted) if wanted is not None else None
+        if wanted is None or (tracked is not None and tracked.state is not State.REJECTED):
+            return
+        text = f"{self._name}: the alias 'stable' names version {wanted}, which " + (
+            "does not exist" if tracked is None else "was rejected"
+        )
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.error("%s; %s", text, f"version {self.serving} serves on" if self.serving else "nothing is served")
+
+    def publish_status(self) -> None:
+        """Posts what there is to know to the status board."""
+        self._route.known = {n: _state_text(tracked) for n, tracked in self._versions.items()}
+        self._board.post(
+            self._name,
+            ModelStatus(
+                name=self._name,
+                serving=self.serving,
+                aliases=self._aliases,
+                versions=tuple(_version_status(self._versions[n]) for n in sorted(self._versions, reverse=True)),
+            ),
+        )
+
+    async def stop(self) -> None:
+        """Ends all its engines and tasks."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._route.serving = None
+        self._route.available.clear()
+        loaded = [tracked for tracked in self._versions.values() if tracked.servable is not None]
+        await asyncio.gather(*(_servable(tracked).stop() for tracked in loaded), return_exceptions=True)
+        for tracked in self._versions.values():
+            tracked.hold.close()
+
+
+def _servable(tracked: Tracked) -> Servable:
+    assert tracked.servable is not None
+    return tracked.servable
+
+
+def _state_text(tracked: Tracked) -> str:
+    return f"{tracked.state.value} ({tracked.reason})" if tracked.reason else tracked.state.value
+
+
+def _version_snapshot(tracked: Tracked, now: float) -> VersionSnapshot:
+    servable = tracked.servable
+    return VersionSnapshot(
+        state=tracked.state,
+        leases=servable.leases if servable is not None else 0,
+        age_s=now - tracked.since_s,
+        in_registry=tracked.in_registry,
+        streams_ended=servable is not None and servable.retire_streams.is_set(),
+    )
+
+
+def _version_status(tracked: Tracked) -> VersionStatus:
+    servable, manifest = tracked.servable, tracked.manifest
+    signatures: tuple[SignatureStatus, ...] = ()
+    if servable is not None:
+        served = [servable.signatures[name] for name in sorted(servable.signatures)]
+        signatures = tuple(SignatureStatus(signature.spec, signature.batched) for signature in served)
+    return VersionStatus(
+        version=tracked.version,
+        state=tracked.state,
+        reason=tracked.reason,
+        since=tracked.since,
+        engine=servable.engine_name if servable is not None else "",
+        golden_examples=servable.golden_examples if servable is not None else 0,
+        signatures=signatures,
+        metrics=dict(manifest.metrics) if manifest is not None else {},
+    )
+
+
+class RolloutManager:
+    """All models: polls the registry and keeps each model's rollout going.
+
+    Args:
+        options: the server's options.
+        router: told which versions answer.
+        board: told what there is to know.
+    """
+
+    def __init__(self, options: ServerOptions, router: Router, board: StatusBoard) -> None:
+        self._options = options
+        self._registry = Registry(options.registry)
+        self._router = router
+        self._board = board
+        self._models: dict[str, ModelRollout] = {}
+        self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
+        self._wake = asyncio.Event()
+        self._unreadable = ""
+
+    async def run(self) -> None:
+        """Works until it is cancelled."""
+        while True:
+            view = await asyncio.to_thread(self._look)
+            if view is not None:
+                self._observe(view)
+            for rollout in self._models.values():
+                rollout.advance()
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wait_for_news(), self._options.rollout.poll_interval_s)
+
+    async def _wait_for_news(self) -> None:
+        """Acts on finished steps at once, between two looks at the registry."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            for rollout in self._models.values():
+                rollout.advance()
+
+    def _look(self) -> dict[str, ModelView] | None:
+        """Reads the registry; None if it can't be read, in which case nothing changes."""
+        try:
+            if not self._options.registry.is_dir():
+                raise FileNotFoundError(2, "it is not there")
+            names = self._options.models or tuple(self._registry.models())
+            view = {name: self._view(name) for name in names}
+        except (OSError, ModelportError) as error:
+            if str(error) != self._unreadable:
+                _log.warning("the registry can't be read, what is loaded serves on: %s", error)
+            self._unreadable = str(error)
+            return None
+        self._unreadable = ""
+        return view
+
+    def _view(self, name: str) -> ModelView:
+        if not self._registry.exists(name):
+            return ModelView((), {})
+        return ModelView(tuple(self._registry.versions(name)), self._registry.state(name).aliases)
+
+    def _observe(self, view: Mapping[str, ModelView]) -> None:
+        for name in view.keys() - self._models.keys():
+            self._models[name] = ModelRollout(
+                name, self._options, self._router, self._board, self._loads, self._wake.set
+            )
+        for name, rollout in list(self._models.items()):
+            rollout.observe(view.get(name, ModelView((), {})))
+            if name not in view and rollout.empty:
+                del self._models[name]
+                self._router.remove(name)
+                self._board.post(name, None)
+
+    async def stop(self) -> None:
+        """Ends every engine."""
+        await asyncio.gather(*(rollout.stop() for rollout in self._models.values()))

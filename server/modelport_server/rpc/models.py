@@ -1,0 +1,157 @@
+"""``modelport.v1.ModelService``: what the status board knows, as messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from modelport.names import is_valid_name, shown
+from modelport.tensors import DTYPES
+from modelport.v1 import model_pb2, tensor_pb2
+from modelport_registry import TensorSpec
+from modelport_server.errors import InvalidCallError, ServeError, UnknownNameError
+from modelport_server.once import Signal
+from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
+from modelport_server.rpc._grpc import Context, generic_handler
+from modelport_server.rpc.status import abort
+
+SERVICE = "modelport.v1.ModelService"
+_Message = TypeVar("_Message", bound=Message)
+
+
+class ModelService:
+    """Answers from the status board.
+
+    Args:
+        board: what there is to know.
+    """
+
+    def __init__(self, board: StatusBoard) -> None:
+        self._board = board
+        self._drain = Signal()
+
+    def handlers(self) -> Any:
+        """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        unary = {"ListModels": self._list_models, "GetModel": self._get_model}
+        return generic_handler(SERVICE, unary=unary, answer_streams={"WatchModels": self._watch_models})
+
+    def drain(self) -> None:
+        """Ends every watch."""
+        self._drain.set()
+
+    async def _list_models(self, raw: bytes, context: Context) -> bytes | None:
+        try:
+            _parse(model_pb2.ListModelsRequest, raw)
+            response = model_pb2.ListModelsResponse(models=[_model(status) for status in self._board.models()])
+        except ServeError as error:
+            await abort(context, error)
+        return response.SerializeToString()
+
+    async def _get_model(self, raw: bytes, context: Context) -> bytes | None:
+        try:
+            request = _parse(model_pb2.GetModelRequest, raw)
+            response = model_pb2.GetModelResponse(model=_model(self._find(request.model)))
+        except ServeError as error:
+            await abort(context, error)
+        return response.SerializeToString()
+
+    async def _watch_models(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        try:
+            wanted = _parse(model_pb2.WatchModelsRequest, raw).model
+            if wanted:
+                _check_name(wanted)
+        except ServeError as error:
+            await abort(context, error)
+            return
+        drained = asyncio.Event()
+        unsubscribe = self._drain.subscribe(drained.set)
+        edition = 0
+        try:
+            while not drained.is_set():
+                news = self._board.since(edition)
+                edition = self._board.edition
+                for name, status in news:
+                    if wanted in ("", name):
+                        yield _watch_response(name, status).SerializeToString()
+                await _first_of(drained.wait(), self._board.wait(edition))
+        finally:
+            unsubscribe()
+
+    def _find(self, name: str) -> ModelStatus:
+        status = self._board.model(name)
+        if status is None:
+            _check_name(name)
+            raise UnknownNameError(f"no model {name!r} is served here")
+        return status
+
+
+async def _first_of(*events: Coroutine[Any, Any, object]) -> None:
+    tasks = [asyncio.ensure_future(event) for event in events]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _parse(kind: type[_Message], raw: bytes) -> _Message:
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise InvalidCallError(f"the message is not a {kind.DESCRIPTOR.full_name}") from None
+
+
+def _check_name(name: str) -> None:
+    if not is_valid_name(name):
+        raise InvalidCallError(f"{shown(name)} is not a legal model name: use [a-z0-9][a-z0-9_-]{{0,63}}")
+
+
+def _watch_response(name: str, status: ModelStatus | None) -> model_pb2.WatchModelsResponse:
+    if status is None:
+        return model_pb2.WatchModelsResponse(model=model_pb2.Model(name=name), removed=True)
+    return model_pb2.WatchModelsResponse(model=_model(status))
+
+
+def _model(status: ModelStatus) -> model_pb2.Model:
+    return model_pb2.Model(
+        name=status.name,
+        serving_version=status.serving or 0,
+        aliases=status.aliases,
+        versions=[_version(version) for version in status.versions],
+    )
+
+
+def _version(status: VersionStatus) -> model_pb2.ModelVersion:
+    message = model_pb2.ModelVersion(
+        version=status.version,
+        state=model_pb2.ModelVersion.State.Value(f"STATE_{status.state.name}"),
+        reason=status.reason,
+        engine=status.engine,
+        golden_examples=status.golden_examples,
+        signatures=[_signature(signature) for signature in status.signatures],
+        metrics=status.metrics,
+    )
+    message.since.FromDatetime(status.since)
+    return message
+
+
+def _signature(status: SignatureStatus) -> model_pb2.Signature:
+    return model_pb2.Signature(
+        name=status.spec.name,
+        inputs=[_tensor(spec) for spec in status.spec.inputs],
+        outputs=[_tensor(spec) for spec in status.spec.outputs],
+        batched=status.batched,
+    )
+
+
+def _tensor(spec: TensorSpec) -> model_pb2.TensorSpec:
+    number = DTYPES[spec.dtype].number if spec.dtype in DTYPES else 0
+    return model_pb2.TensorSpec(
+        name=spec.name,
+        dtype=tensor_pb2.DataType.Name(number),  # type: ignore[arg-type]
+        shape=[-1 if size is None else size for size in spec.shape or ()],
+        unknown_rank=spec.shape is None,
+    )

@@ -1,0 +1,104 @@
+"""``modelport.v1.PredictionService``: decode, let the servable answer, encode.
+
+The handlers take and give raw bytes and parse by themselves: gRPC answers UNKNOWN when a deserialiser
+of its own fails, and in a stream it would end all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from modelport_server.batching.calls import Answer, Call
+from modelport_server.errors import NotAvailableError
+from modelport_server.once import Signal
+from modelport_server.options import RpcOptions
+from modelport_server.routing import Router
+from modelport_server.rpc._grpc import Context, deadline_of, generic_handler
+from modelport_server.rpc.codec import Request, parse_predict, to_request, to_response
+from modelport_server.rpc.status import abort
+from modelport_server.rpc.streams import PredictStream
+from modelport_server.servable import Servable
+
+SERVICE = "modelport.v1.PredictionService"
+
+
+class PredictionService:
+    """Answers Predict and PredictStream.
+
+    Args:
+        router: finds the servable.
+        options: bounds of streams.
+    """
+
+    def __init__(self, router: Router, options: RpcOptions) -> None:
+        self._router = router
+        self._options = options
+        self._drain = Signal()
+        self._refusing = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def handlers(self) -> Any:
+        """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        streams = {"PredictStream": self._predict_stream}
+        return generic_handler(SERVICE, unary={"Predict": self._predict}, streams=streams)
+
+    def drain(self) -> None:
+        """Asks the callers of all streams to go elsewhere."""
+        self._drain.set()
+
+    def refuse(self) -> None:
+        """Turns away whatever is new from now on."""
+        self._refusing = True
+
+    async def wait_idle(self) -> None:
+        """Returns when no call and no stream is under way."""
+        await self._idle.wait()
+
+    async def _counted(self, context: Context, work: Callable[[], Awaitable[bytes | None]]) -> bytes | None:
+        if self._refusing:
+            await abort(context, NotAvailableError("the server is stopping"))
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            return await work()
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # status_of logs what it does not know
+            await abort(context, error)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _predict(self, raw: bytes, context: Context) -> bytes | None:
+        return await self._counted(context, lambda: self._answer(raw, context))
+
+    async def _answer(self, raw: bytes, context: Context) -> bytes:
+        request = to_request(parse_predict(raw), len(raw))
+        servable = self._router.resolve(request.model, version=request.version, alias=request.alias)
+        answer = await _run(servable, request, deadline_of(context))
+        return to_response(request.model, answer, request.outputs, request.sequence).SerializeToString()
+
+    async def _predict_stream(self, _: object, context: Context) -> None:
+        async def work() -> None:
+            await PredictStream(self._router, self._options, self._drain, context).serve()
+
+        await self._counted(context, work)
+
+
+async def _run(servable: Servable, request: Request, deadline: float) -> Answer:
+    """Runs a call and returns its answer; cancelling it takes it out of the queue."""
+    servable.acquire()
+    try:
+        call: Call = servable.prepare(request.signature, request.inputs, request.outputs, deadline)
+        servable.submit(call)
+        return await call.future
+    finally:
+        servable.release()

@@ -1,0 +1,67 @@
+"""The one place where errors become gRPC statuses."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+
+from modelport_server import errors
+from modelport_server.rpc._grpc import Context
+
+_log = logging.getLogger(__name__)
+
+_MESSAGE_BYTES = 1000
+
+_CODES: dict[type[errors.ServeError], grpc.StatusCode] = {
+    errors.InvalidCallError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnknownNameError: grpc.StatusCode.NOT_FOUND,
+    errors.NotLoadedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NotAvailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.EngineDiedError: grpc.StatusCode.UNAVAILABLE,
+    errors.ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.ModelFailureError: grpc.StatusCode.INTERNAL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a caller is told."""
+
+    code: grpc.StatusCode
+    message: str
+    retry_after_ms: int = 0
+
+    @property
+    def number(self) -> int:
+        """The code as a number of google.rpc.Code."""
+        return int(self.code.value[0])
+
+
+def status_of(error: BaseException) -> Status:
+    """Returns the status for ``error``; one that is not known is logged and answered with an id alone."""
+    if isinstance(error, errors.ServeError) and type(error) in _CODES:
+        code = _CODES[type(error)]
+        if isinstance(error, errors.ModelFailureError) and error.caller_fault:
+            code = grpc.StatusCode.INVALID_ARGUMENT
+        retry_ms = max(1, round(error.retry_after_s * 1000)) if error.retry_after_s is not None else 0
+        return Status(code, _cut(str(error)), retry_ms)
+    number = uuid.uuid4().hex[:12]
+    _log.error("internal error %s", number, exc_info=error)
+    return Status(grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log says more")
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
+
+
+async def abort(context: Context, error: BaseException) -> NoReturn:
+    """Ends a unary call with the status for ``error``; raises, so it never returns."""
+    status = status_of(error)
+    metadata = (("grpc-retry-pushback-ms", str(status.retry_after_ms)),) if status.retry_after_ms else ()
+    await context.abort(status.code, status.message, trailing_metadata=metadata)
+    raise AssertionError("abort raises")

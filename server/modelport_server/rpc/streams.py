@@ -1,0 +1,251 @@
+"""One PredictStream call, from its first message to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modelport.v1 import prediction_pb2 as pb
+from modelport_server.batching.calls import Answer
+from modelport_server.errors import InvalidCallError
+from modelport_server.once import Signal
+from modelport_server.options import RpcOptions
+from modelport_server.routing import Router
+from modelport_server.rpc._grpc import END_OF_STREAM, Context, deadline_of
+from modelport_server.rpc.codec import Request, parse_stream, to_request, to_response
+from modelport_server.rpc.status import status_of
+from modelport_server.servable import Servable
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A message that has been read and not been answered."""
+
+    sequence: int
+    size: int
+    outputs: tuple[str, ...]
+    servable: Servable | None
+    result: asyncio.Future[Answer]
+
+
+class PredictStream:
+    """Reads messages as long as its window has room, and answers them in their order.
+
+    A task of its own reads, so that the end of the call never hits a read that is under way, which
+    leaks memory in grpc. The window bounds what a stream can hold of the server; beyond that, and while
+    the servable's queue is full, it reads no further and HTTP/2's flow control holds its peer back.
+
+    Args:
+        router: finds the servable.
+        options: bounds of the window.
+        drain: set when the server is going to stop.
+        context: the call.
+    """
+
+    def __init__(self, router: Router, options: RpcOptions, drain: Signal, context: Context) -> None:
+        self._router = router
+        self._options = options
+        self._drain = drain
+        self._context = context
+        self._pending: deque[_Pending] = deque()
+        self._pending_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._reading_ended = False
+        self._notices: deque[pb.StreamNotice] = deque()
+        self._retired = False
+        self._closed = False
+        self._first: Request | None = None
+        self._follow: bool | None = None
+        self._pinned: Servable | None = None
+        self._unsubscribe: list[Callable[[], None]] = []
+
+    async def serve(self) -> None:
+        """Answers until the caller has closed its side, or the version that it is pinned to is retired."""
+        self._unsubscribe.append(self._drain.subscribe(self._on_drain))
+        reader = asyncio.get_running_loop().create_task(self._read())
+        reader.add_done_callback(self._on_reader_done)
+        try:
+            await self._write()
+        finally:
+            self._closed = True  # the reader, should it get another message, drops it
+            self._room.set()
+            for unsubscribe in self._unsubscribe:
+                unsubscribe()
+            for pending in self._pending:
+                pending.result.cancel()
+            if self._pinned is not None:
+                self._pinned.release()
+        if reader.done() and not reader.cancelled() and (error := reader.exception()) is not None:
+            raise error
+
+    def _on_drain(self) -> None:
+        version = self._pinned.version if self._pinned is not None else 0
+        self._notices.append(
+            pb.StreamNotice(
+                reason=pb.StreamNotice.REASON_DRAINING,
+                message="the server is stopping; what it has received will be answered",
+                version=version,
+            )
+        )
+        self._wake.set()
+
+    def _on_retired(self) -> None:
+        self._retired = True
+        self._room.set()
+        self._wake.set()
+
+    def _on_reader_done(self, _: asyncio.Task[None]) -> None:
+        self._reading_ended = True
+        self._wake.set()
+
+    async def _read(self) -> None:
+        while not self._ending:
+            raw = await self._context.read()
+            if raw is END_OF_STREAM or self._ending:
+                return
+            await self._take(raw)
+            while self._window_full() and not self._ending:
+                self._room.clear()
+                await self._room.wait()
+
+    @property
+    def _ending(self) -> bool:
+        return self._retired or self._closed
+
+    def _window_full(self) -> bool:
+        return (
+            len(self._pending) >= self._options.stream_window_messages
+            or self._pending_bytes >= self._options.stream_window_bytes
+        )
+
+    async def _take(self, raw: bytes) -> None:
+        """Decodes and queues one message; whatever is wrong with it becomes its answer."""
+        failed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        request: Request | None = None
+        sequence = 0
+        try:
+            message = parse_stream(raw)
+            sequence = message.request.sequence
+            if self._follow is None:
+                self._follow = message.follow
+            request = to_request(message.request, len(raw))
+            servable = self._route(request)
+            await self._start(servable, request)
+        except Exception as error:  # status_of logs what it does not know
+            failed.set_exception(error)
+            outputs = request.outputs if request is not None else ()
+            self._append(_Pending(sequence, len(raw), outputs, None, failed))
+
+    def _route(self, request: Request) -> Servable:
+        first = self._first
+        if self._pinned is not None and first is not None:
+            self._check_pin(request, first, self._pinned)
+            return self._pinned
+        named = request.version is not None or request.alias is not None
+        source = request if named or first is None else first
+        servable = self._router.resolve(
+            request.model or (first.model if first else ""), version=source.version, alias=source.alias
+        )
+        if first is None:
+            self._first = request
+            if not self._follow:
+                self._pin(servable)
+        return servable
+
+    def _check_pin(self, request: Request, first: Request, pinned: Servable) -> None:
+        same = (
+            request.model in ("", pinned.model)
+            and request.version in (None, pinned.version)
+            and request.alias in (None, first.alias)
+        )
+        if not same:
+            raise InvalidCallError(
+                f"this stream is on version {pinned.version} of {pinned.model!r}; open another stream for another"
+            )
+
+    def _pin(self, servable: Servable) -> None:
+        servable.acquire()
+        self._pinned = servable
+        self._unsubscribe.append(servable.retire_streams.subscribe(self._on_retired))
+
+    async def _start(self, servable: Servable, request: Request) -> None:
+        first = self._first
+        signature = request.signature or (first.signature if first else "")
+        servable.acquire()
+        try:
+            call = servable.prepare(signature, request.inputs, request.outputs, deadline_of(self._context))
+            await servable.room(call)
+            if self._closed:
+                call.future.cancel()
+            servable.submit(call)
+        except BaseException:
+            servable.release()
+            raise
+        call.future.add_done_callback(lambda _: servable.release())
+        self._append(_Pending(request.sequence, request.size, request.outputs, servable, call.future))
+
+    def _append(self, pending: _Pending) -> None:
+        self._pending.append(pending)
+        self._pending_bytes += pending.size
+        pending.result.add_done_callback(lambda _: self._wake.set())
+        self._wake.set()
+
+    async def _write(self) -> None:
+        while True:
+            while self._notices:
+                await self._context.write(_packed(pb.PredictStreamResponse(notice=self._notices.popleft())))
+            if self._pending and self._pending[0].result.done():
+                await self._write_answer()
+                continue
+            if not self._pending and self._retired:
+                await self._write_retired()
+                return
+            if not self._pending and self._reading_ended:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _write_answer(self) -> None:
+        pending = self._pending[0]
+        await self._context.write(_packed(_response(pending)))
+        self._pending.popleft()
+        self._pending_bytes -= pending.size
+        self._room.set()
+
+    async def _write_retired(self) -> None:
+        assert self._pinned is not None
+        notice = pb.StreamNotice(
+            reason=pb.StreamNotice.REASON_VERSION_RETIRED,
+            message=f"version {self._pinned.version} of {self._pinned.model!r} is retired",
+            version=self._pinned.version,
+        )
+        await self._context.write(_packed(pb.PredictStreamResponse(notice=notice)))
+
+
+def _packed(message: pb.PredictStreamResponse) -> bytes:
+    return message.SerializeToString()
+
+
+def _response(pending: _Pending) -> pb.PredictStreamResponse:
+    if pending.result.cancelled():
+        error: BaseException | None = asyncio.CancelledError()
+    else:
+        error = pending.result.exception()
+    version = pending.servable.version if pending.servable is not None else 0
+    if error is None and pending.servable is not None:
+        answer = pending.result.result()
+        response = to_response(pending.servable.model, answer, pending.outputs, pending.sequence)
+        return pb.PredictStreamResponse(response=response)
+    status = status_of(error or RuntimeError("an answer without a servable"))
+    return pb.PredictStreamResponse(
+        error=pb.StreamError(
+            sequence=pending.sequence,
+            code=status.number,
+            message=status.message,
+            version=version,
+            retry_after_ms=status.retry_after_ms,
+        )
+    )

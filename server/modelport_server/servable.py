@@ -1,0 +1,240 @@
+"""A servable: one loaded model version, its engine, its queue, and the calls that hold on to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from modelport.names import shown
+from modelport_registry import Manifest, SignatureSpec
+from modelport_server.batching.batcher import Batcher
+from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError
+from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError
+from modelport_server.once import Signal
+from modelport_server.options import BatchLimits, EngineLimits
+from modelport_server.signatures import (
+    arrange,
+    batch_key,
+    common_rows,
+    empty_outputs,
+    is_batchable,
+    wanted_outputs,
+)
+from modelport_server.tensors import RawTensor
+
+_log = logging.getLogger(__name__)
+
+_CRASHES_TO_REJECT = 3
+_CRASH_WINDOW_S = 60.0
+DEFAULT_SIGNATURE = "serving_default"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSignature:
+    """A signature and how it is run."""
+
+    spec: SignatureSpec
+    batched: bool
+
+
+class Servable:
+    """One model version from loading to its end.
+
+    Args:
+        order: what to load.
+        manifest: the version's manifest.
+        limits: bounds of the queue and of batches.
+        engine_limits: bounds of the engine process.
+        on_state: told ``verifying``, ``loading`` and ``warming`` as they begin.
+        on_rejected: called with gate and reason when the engine has crashed too often to go on.
+    """
+
+    def __init__(
+        self,
+        order: LoadOrder,
+        manifest: Manifest,
+        limits: BatchLimits,
+        engine_limits: EngineLimits,
+        *,
+        on_state: Callable[[str], None],
+        on_rejected: Callable[[str, str], None],
+    ) -> None:
+        self.model = order.model
+        self.version = order.version
+        self.manifest = manifest
+        self.signatures: dict[str, ServedSignature] = {}
+        self.engine_name = ""
+        self.golden_examples = 0
+        self.retire_streams = Signal()
+        self._order = order
+        self._engine_limits = engine_limits
+        self._on_state = on_state
+        self._on_rejected = on_rejected
+        self._engine: EngineProcess | None = None
+        self._batcher = Batcher(self, limits, order.version)
+        self._leases = 0
+        self._crashes: deque[float] = deque(maxlen=_CRASHES_TO_REJECT)
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def leases(self) -> int:
+        """How many calls and streams hold on to it."""
+        return self._leases
+
+    @property
+    def pid(self) -> int:
+        """The engine's process id."""
+        return self._engine.pid if self._engine is not None else 0
+
+    @property
+    def slots(self) -> int:
+        """How many batches its engine takes at once."""
+        return self._engine.slots if self._engine is not None else 1
+
+    async def start(self) -> None:
+        """Loads the version.
+
+        Raises:
+            RejectedError: if it failed a gate.
+        """
+        loaded = await self._load()
+        self.engine_name = loaded.engine
+        self.golden_examples = loaded.golden_examples
+        self.signatures = {
+            name: ServedSignature(spec, is_batchable(spec) and name not in loaded.dependent)
+            for name, spec in self.manifest.signatures.items()
+        }
+        for name in loaded.dependent:
+            _log.warning(
+                "%s@%d: rows of %s depend on each other; its calls run one at a time",
+                self.model,
+                self.version,
+                name,
+            )
+        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+
+    async def _load(self) -> Loaded:
+        engine = EngineProcess(self._engine_limits, self._on_state)
+        try:
+            loaded = await engine.load(self._order)
+        except BaseException:
+            await engine.stop()
+            raise
+        self._engine = engine
+        return loaded
+
+    async def _supervise(self) -> None:
+        """Starts the engine again whenever it dies, until it has died too often."""
+        while self._engine is not None:
+            await self._engine.ended.wait()
+            self._batcher.pause()
+            await self._engine.stop()
+            why = self._engine.why
+            _log.error("%s@%d: the engine died: %s", self.model, self.version, why)
+            self._crashes.append(monotonic())
+            if len(self._crashes) == _CRASHES_TO_REJECT and self._crashes[-1] - self._crashes[0] < _CRASH_WINDOW_S:
+                self._give_up("crash", f"its engine died {_CRASHES_TO_REJECT} times within a minute: {why}")
+                return
+            try:
+                await self._load()
+            except RejectedError as error:
+                self._give_up(error.gate, str(error))
+                return
+            self._batcher.resume()
+
+    def _give_up(self, gate: str, reason: str) -> None:
+        self._batcher.close(NotAvailableError("the version's engine keeps failing"))
+        self.retire_streams.set()
+        self._on_rejected(gate, reason)
+
+    async def stop(self) -> None:
+        """Ends the engine process; whatever is still queued fails with NotAvailableError."""
+        self._batcher.close(NotAvailableError("the version is retired"))
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.stop()
+
+    def acquire(self) -> None:
+        """Takes a lease: the servable is not retired while it is held."""
+        self._leases += 1
+
+    def release(self) -> None:
+        """Gives a lease back."""
+        self._leases -= 1
+
+    async def run(self, batch: Batch) -> BatchOutput:
+        """Runs a batch on the engine, as the batcher asks."""
+        if self._engine is None:
+            raise EngineDiedError("the engine is not there")
+        return await self._engine.run(batch)
+
+    def signature(self, name: str) -> ServedSignature:
+        """Returns the signature named, ``serving_default`` for an empty name.
+
+        Raises:
+            InvalidCallError: if there is none of that name.
+        """
+        wanted = name or DEFAULT_SIGNATURE
+        found = self.signatures.get(wanted)
+        if found is None:
+            have = ", ".join(repr(known) for known in sorted(self.signatures)[:16]) or "none"
+            raise InvalidCallError(f"{self.model} has no signature {shown(wanted)}; it has {have}")
+        return found
+
+    def prepare(self, signature: str, inputs: Sequence[RawTensor], outputs: Sequence[str], deadline: float) -> Call:
+        """Returns a call that has been checked in full, not queued yet.
+
+        Args:
+            signature: its name; empty for ``serving_default``.
+            inputs: every input once, in any order.
+            outputs: the outputs wanted; none means all. Only checked here.
+            deadline: when the call expires, in seconds on the monotonic clock.
+
+        Raises:
+            InvalidCallError: saying what is wrong.
+        """
+        served = self.signature(signature)
+        wanted_outputs(served.spec, outputs)
+        arranged = arrange(served.spec, inputs)
+        rows = common_rows(served.spec, arranged) if served.spec.batched else 1
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        splittable = served.batched and rows > 0
+        call = Call(
+            signature=served.spec.name,
+            key=batch_key(served.spec, arranged) if splittable else (served.spec.name,),
+            inputs=arranged,
+            rows=max(rows, 1) if splittable else 1,
+            splittable=splittable,
+            future=future,
+            deadline=deadline,
+        )
+        if rows == 0 and (empty := empty_outputs(served.spec)) is not None:
+            future.set_result(Answer(self.version, empty, 0, 0))
+        return call
+
+    def submit(self, call: Call) -> None:
+        """Queues a prepared call.
+
+        Raises:
+            ServeError: if it can't be queued.
+        """
+        if not call.ended:
+            self._batcher.submit(call)
+
+    async def room(self, call: Call) -> None:
+        """Returns when the queue has room for ``call``."""
+        if math.isinf(call.deadline):
+            await self._batcher.room(call)
+            return
+        try:
+            await asyncio.wait_for(self._batcher.room(call), max(call.deadline - monotonic(), 0))
+        except TimeoutError:
+            return  # queueing it says that it has expired
