@@ -135,9 +135,7 @@ def _from_keras(source: DataSource) -> RawData:
             "or --data digits, which needs no network"
         ) from error
     names = _FASHION_CLASSES if source.kind == "fashion_mnist" else None
-    return RawData(
-        source=source, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=names
-    )
+    return RawData(source=source, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=names)
 
 
 def _idx_folder(source: DataSource, folder: Path) -> RawData:

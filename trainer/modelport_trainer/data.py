@@ -135,9 +135,7 @@ def _prepare(raw: RawData) -> tuple[Dataset, DataReport]:
     train = _checked_split(raw, "train", raw.x_train, raw.y_train)
     test = _checked_split(raw, "test", raw.x_test, raw.y_test)
     if _image_shape(train.images) != _image_shape(test.images):
-        raise DataError(
-            f"{raw.source}: training images are {_by(train.images)}, test images {_by(test.images)} pixels"
-        )
+        raise DataError(f"{raw.source}: training images are {_by(train.images)}, test images {_by(test.images)} pixels")
     class_names = _class_names(raw, train, test)
     keys = _image_keys(train.images), _image_keys(test.images)
     reasons = _reasons_to_drop(train, *keys)

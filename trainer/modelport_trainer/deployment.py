@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from modelport_registry import JSON, Golden, Lineage, Published, Registry
 
+from modelport_registry import JSON, Golden, Lineage, Published, Registry
 from modelport_trainer import _libraries
-from modelport_trainer.data import Split
+from modelport_trainer.data import Dataset
 from modelport_trainer.errors import ExportError
 from modelport_trainer.evaluation import margins
 from modelport_trainer.prediction import SavedModelPredictor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SIGNATURE = "serving_default"
 """The signature that exported models have."""
 
+_GOLDEN_FEWEST = 32
 _GOLDEN_HARDEST = 32
 _GOLDEN_OTHERS = 32
 _LEAST_MARGIN = 1e-3
@@ -81,19 +82,19 @@ def export_keras(model: Any, folder: Path) -> None:
 def choose_golden(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Picks the rows to publish as examples: the hardest ones, and others from every class in turn.
 
+    Rows that are nearly a tie are left out, unless the model is so undecided that few others remain.
+
     Returns:
-        Row indices, ascending; as many as there are rows, but 64 at the most.
+        Row indices, ascending; 64 at the most.
     """
     margin = margins(probabilities)
-    usable = np.flatnonzero(margin >= _LEAST_MARGIN)
-    hardest = usable[np.argsort(margin[usable], kind="stable")][:_GOLDEN_HARDEST]
-    others = np.setdiff1d(usable, hardest)
-    # Round robin: ordering by each row's rank within its class takes one of every class before a second.
-    order = np.argsort(labels[others], kind="stable")
-    starts = np.searchsorted(labels[others][order], labels[others][order])
-    rank = np.empty(len(others), dtype=np.int64)
-    rank[order] = np.arange(len(others)) - starts
-    chosen = others[np.lexsort((labels[others], rank))][:_GOLDEN_OTHERS]
+    clearest_first = np.argsort(-margin, kind="stable")
+    usable = clearest_first[: max(int((margin >= _LEAST_MARGIN).sum()), _GOLDEN_FEWEST)]
+    others, hardest = usable[:-_GOLDEN_HARDEST], usable[-_GOLDEN_HARDEST:]
+    # Ordering by each row's rank within its class takes one row of every class before a second one.
+    by_class = others[np.argsort(labels[others], kind="stable")]
+    rank = np.arange(len(by_class)) - np.searchsorted(labels[by_class], labels[by_class])
+    chosen = by_class[np.lexsort((labels[by_class], rank))][:_GOLDEN_OTHERS]
     return np.sort(np.concatenate([hardest, chosen])).astype(np.int64)
 
 
@@ -103,18 +104,21 @@ def golden_examples(predictor: SavedModelPredictor, inputs: Mapping[str, Any]) -
     return Golden(signature=SIGNATURE, inputs=arrays, outputs=predictor.run(arrays))
 
 
-def classifier_golden(
-    predictor: SavedModelPredictor, test: Split, probabilities: NDArray[np.float32]
-) -> Golden:
-    """Returns examples from the test set, half of them the images that the model finds hardest.
+def classifier_golden(predictor: SavedModelPredictor, dataset: Dataset, probabilities: NDArray[np.float32]) -> Golden:
+    """Returns examples, half of them the images that the model finds hardest.
 
     Args:
         predictor: The exported model, reloaded.
-        test: The images to choose from.
-        probabilities: What the model says to them, float32 ``[rows, classes]``.
+        dataset: Its test images are chosen from; training images are added where those are too few.
+        probabilities: What the model says to the test images, float32 ``[rows, classes]``.
     """
-    rows = choose_golden(probabilities, test.labels)
-    return golden_examples(predictor, {"images": test.images[rows]})
+    images, labels = dataset.test.images, dataset.test.labels
+    if len(images) < _GOLDEN_FEWEST:
+        more = dataset.train.take(np.arange(min(len(dataset.train), _GOLDEN_FEWEST)))
+        images = np.concatenate([images, more.images])
+        labels = np.concatenate([labels, more.labels])
+        probabilities = predictor.predict({"images": images})["probabilities"]
+    return golden_examples(predictor, {"images": images[choose_golden(probabilities, labels)]})
 
 
 def publish_keras(
@@ -172,9 +176,7 @@ def lineage_of(source: str, data_sha256: str, parameters: Mapping[str, JSON]) ->
     """Returns where a version comes from, with the revision of this package's code."""
     from modelport_trainer._revision import code_revision
 
-    return Lineage(
-        data_sha256=data_sha256, parameters=dict(parameters), code_revision=code_revision(), source=source
-    )
+    return Lineage(data_sha256=data_sha256, parameters=dict(parameters), code_revision=code_revision(), source=source)
 
 
 def _save(folder: Path, answer: Callable[..., Any], specs: Mapping[str, Any], model: Any) -> None:
@@ -199,8 +201,8 @@ def _structures(model: Any) -> tuple[Any, Any]:
     """Returns what a model takes and gives, as it was built: a symbolic tensor, or a list or dict of them."""
     if not getattr(model, "inputs", None):
         raise ExportError(
-            f"{model.name}: only functional Keras models, and sequential ones with an Input, can be exported; "
-            "write others with tf.saved_model.save and publish that folder"
+            f"{model.name}: only functional Keras models, and sequential ones with an Input, can be "
+            "exported; write others with tf.saved_model.save and publish that folder"
         )
     if isinstance(model, _libraries.keras().Sequential):
         return model.inputs[0], model.outputs[0]

@@ -108,9 +108,7 @@ def evaluate(
             ClassScores(name=name, precision=float(p), recall=float(r), f1=float(f), rows=int(rows))
             for name, p, r, f, rows in zip(class_names, *each, strict=True)
         ),
-        confusion=tuple(
-            tuple(row) for row in metrics.confusion_matrix(labels, named, labels=numbers).tolist()
-        ),
+        confusion=tuple(tuple(row) for row in metrics.confusion_matrix(labels, named, labels=numbers).tolist()),
         mistakes=_mistakes(labels, named, probabilities),
     )
 
@@ -121,18 +119,14 @@ def margins(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     return two[:, 1] - two[:, 0]
 
 
-def _cross_entropy(
-    labels: NDArray[np.int64], probabilities: NDArray[np.floating[Any]], numbers: list[int]
-) -> float:
+def _cross_entropy(labels: NDArray[np.int64], probabilities: NDArray[np.floating[Any]], numbers: list[int]) -> float:
     """Normalises in float64 first: float32 rows miss 1 by more than scikit-learn takes without a warning."""
     exact = probabilities.astype(np.float64)
     exact /= exact.sum(axis=1, keepdims=True)
     return float(_libraries.sklearn().metrics.log_loss(labels, exact, labels=numbers))
 
 
-def _average(
-    labels: NDArray[np.int64], predicted: NDArray[np.int64], numbers: list[int], average: str
-) -> Scores:
+def _average(labels: NDArray[np.int64], predicted: NDArray[np.int64], numbers: list[int], average: str) -> Scores:
     precision, recall, f1, _ = _libraries.sklearn().metrics.precision_recall_fscore_support(
         labels, predicted, labels=numbers, average=average, zero_division=0
     )

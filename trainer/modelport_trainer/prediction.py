@@ -65,9 +65,7 @@ class SavedModelPredictor:
                 f"the model takes {', '.join(self.input_names)}, it was given {', '.join(sorted(inputs))}"
             )
         try:
-            tensors = {
-                name: tf.constant(inputs[name], dtype=spec.dtype) for name, spec in self._specs.items()
-            }
+            tensors = {name: tf.constant(inputs[name], dtype=spec.dtype) for name, spec in self._specs.items()}
             outputs = self._run(**tensors)
         except (TypeError, ValueError, tf.errors.OpError) as error:
             raise ExportError(f"the model does not take these inputs: {_first_line(error)}") from error

@@ -213,8 +213,8 @@ def _run_epoch(
     listener.epoch_started(epoch, options.epochs, math.ceil(len(shuffled) / options.batch_size))
     began = time.monotonic()
 
-    def step_done(step: int, _logs: object) -> None:
-        listener.step_done(step + 1)
+    def step_done(batch: int, logs: object) -> None:
+        listener.step_done(batch + 1)
 
     fitted = model.fit(
         shuffled.images,

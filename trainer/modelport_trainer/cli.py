@@ -1,0 +1,226 @@
+"""The trainer's commands: ``train`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from modelport_trainer._published import Answers
+    from modelport_trainer.evaluation import Evaluation
+    from modelport_trainer.pipeline import PipelineOptions, PublishOptions
+
+_PANEL = "Train"
+_INTERRUPTED = 130
+
+
+_Loss = Literal["crossentropy", "focal", "mse"]
+_Optimizer = Literal["rmsprop", "adam", "sgd"]
+_Data = Annotated[
+    str | None,
+    typer.Option(help="digits, mnist, fashion_mnist, or an .npz with x_train, y_train, x_test, y_test."),
+]
+_DataDir = Annotated[Path | None, typer.Option(help="A folder of IDX files, gzip'd or not, instead of --data.")]
+_RegistryDir = Annotated[
+    Path, typer.Option("--registry", "-r", envvar="MODELPORT_REGISTRY", help="The registry's folder.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the trainer's commands to the command line."""
+    app.command("train", rich_help_panel=_PANEL)(train)
+    app.command("evaluate", rich_help_panel=_PANEL)(evaluate)
+
+
+def train(
+    model: Annotated[
+        str | None, typer.Option(help="The model's name in the registry.", show_default="the data's name")
+    ] = None,
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    filters: Annotated[
+        str, typer.Option(help="Filters of each convolution, with commas.", rich_help_panel="Network")
+    ] = "32,64",
+    kernel: Annotated[
+        int, typer.Option(help="Side of a convolution's window, in pixels.", rich_help_panel="Network")
+    ] = 3,
+    pool: Annotated[int, typer.Option(help="Side of the max-pool window; 1 for none.", rich_help_panel="Network")] = 2,
+    pool_dropout: Annotated[float, typer.Option(help="Dropout after the pool.", rich_help_panel="Network")] = 0.25,
+    dense_units: Annotated[int, typer.Option(help="Units of the dense layer.", rich_help_panel="Network")] = 128,
+    dense_dropout: Annotated[
+        float, typer.Option(help="Dropout after the dense layer.", rich_help_panel="Network")
+    ] = 0.5,
+    loss: Annotated[_Loss, typer.Option(help="What training minimises.", rich_help_panel="Training")] = "crossentropy",
+    optimizer: Annotated[_Optimizer, typer.Option(help="The optimiser.", rich_help_panel="Training")] = "rmsprop",
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Step size.", show_default="0.001, sgd 0.01", rich_help_panel="Training"),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="The most passes over the data.", rich_help_panel="Training")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel="Training")] = 64,
+    validation_split: Annotated[
+        float, typer.Option(help="Share of the training images to judge epochs by.", rich_help_panel="Training")
+    ] = 0.2,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="Stop after so many epochs without a better validation loss; 0: never.",
+            rich_help_panel="Training",
+        ),
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine: same result.", rich_help_panel="Training")] = 1,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="The folder to work in.", show_default="runs/MODEL-N", rich_help_panel="Run"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted.", rich_help_panel="Run")
+    ] = False,
+    publish: Annotated[bool, typer.Option(help="Publish the model when it is trained.", rich_help_panel="Run")] = True,
+    registry: _RegistryDir = Path("registry"),
+    alias: Annotated[list[str] | None, typer.Option(help="Point this alias at the new version; repeatable.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A word to keep with the version; repeatable.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Train an image classifier, test it, and publish it as a new version.
+
+    Examples:
+
+        modelport train
+
+        modelport train --data mnist --epochs 10 --alias stable
+
+        modelport train --data-dir /usr/share/datasets/fashion-mnist --model fashion
+
+        modelport train --data mnist --resume
+    """
+    from modelport_trainer._sources import DataSource
+    from modelport_trainer.model import HyperParameters
+    from modelport_trainer.pipeline import PipelineOptions, PublishOptions
+    from modelport_trainer.training import TrainingOptions
+
+    source = DataSource.parse(data, data_dir)
+    options = PipelineOptions(
+        name=model if model is not None else source.suggested_name,
+        source=source,
+        network=HyperParameters(
+            filters=_parse_filters(filters),
+            kernel=kernel,
+            pool=pool,
+            pool_dropout=pool_dropout,
+            dense_units=dense_units,
+            dense_dropout=dense_dropout,
+        ),
+        training=TrainingOptions(
+            loss=loss,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            batch_size=batch_size,
+            validation_split=validation_split,
+            patience=patience,
+            seed=seed,
+        ),
+    )
+    target = PublishOptions(registry=registry, aliases=tuple(alias or ()), tags=tuple(tag or ()))
+    _run(options, run_dir, target if publish else None, resume=resume, as_json=as_json)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    version: Annotated[int | None, typer.Argument(help="The version.", show_default="stable, else the highest")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Ask the model as it is served at HOST:PORT, not the one in the registry."),
+    ] = None,
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a report into this folder.")] = None,
+    registry: _RegistryDir = Path("registry"),
+    as_json: _Json = False,
+) -> None:
+    """Test a published version on held-out images, in this process or as it is served.
+
+    Without --data or --data-dir the test images are those of the built-in data that the version was trained
+    on. With --server they are streamed to the server, and the registry is not read.
+
+    Examples:
+
+        modelport evaluate digits
+
+        modelport evaluate mnist 3 --data-dir mnist-files --report report
+
+        modelport evaluate mnist --server localhost:8500 --data mnist --json
+    """
+    from modelport_trainer import _published
+
+    source = _published.source_for(registry, model, version, data, data_dir, served=server is not None)
+    if server is None:
+        answers = _published.ask_stored(registry, model, version, source)
+    else:
+        answers = _published.ask_server(server, model, version, source)
+    evaluation = _published.judge(answers)
+    page = _published.report_on(answers, evaluation, report) if report is not None else None
+    _print_answers(answers, evaluation, page, as_json=as_json)
+
+
+def _run(
+    options: PipelineOptions,
+    run_dir: Path | None,
+    publish: PublishOptions | None,
+    *,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    from modelport_trainer._console import ConsoleListener
+    from modelport_trainer._run import RunFolder, next_run_dir
+    from modelport_trainer.pipeline import run_pipeline
+
+    if run_dir is None:
+        run_dir = next_run_dir(Path("runs"), options.name, resume=resume)
+    listener = ConsoleListener(results=not as_json)
+    try:
+        outcome = run_pipeline(options, RunFolder(run_dir), listener, publish=publish, resume=resume)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; go on with --resume --run-dir {run_dir}", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        listener.close()
+    if as_json:
+        typer.echo(json.dumps(outcome.to_json(), indent=2))
+
+
+def _print_answers(answers: Answers, evaluation: Evaluation, page: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        values = answers.to_json() | {"report": None if page is None else str(page)}
+        typer.echo(json.dumps(values | {"evaluation": evaluation.to_json()}, indent=2))
+        return
+    from rich.console import Console
+
+    from modelport_trainer._console import print_evaluation
+
+    console = Console(highlight=False)
+    print_evaluation(console, evaluation)
+    versions = ", ".join(str(version) for version in answers.versions)
+    console.print(
+        f"{answers.model}/{versions}, {answers.asked}: {evaluation.rows:,} images of {answers.dataset.source} "
+        f"in {answers.duration_s:.1f} s, {evaluation.rows / answers.duration_s:,.0f} rows/s",
+        soft_wrap=True,
+    )
+    if answers.trained_on_this is False:
+        typer.echo("note: this is not the data that the version was trained and first tested on", err=True)
+    if page is not None:
+        console.print(f"report: {page}", soft_wrap=True)
+
+
+def _parse_filters(text: str) -> tuple[int, ...]:
+    from modelport_trainer.errors import OptionError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--filters {text}: give whole numbers with commas between, for example 32,64") from None
