@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ class TensorFlowEngine:
         self._tf = import_tensorflow()
         if threads:
             self._tf.config.threading.set_intra_op_parallelism_threads(threads)
-        self._tf.constant(0)  # makes TensorFlow's thread pools, which take on this thread's priority
+        with _quiet_stderr():
+            self._tf.constant(0)  # makes TensorFlow's thread pools, which take on this thread's priority
         self._model: Any = None
         self._functions: dict[str, Any] = {}
         self._output_names: dict[str, list[str]] = {}
@@ -72,10 +75,24 @@ class TensorFlowEngine:
 def import_tensorflow() -> Any:
     """Imports TensorFlow with its start-up messages turned off, and returns it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    import tensorflow as tf
-
+    with _quiet_stderr():
+        import tensorflow as tf
     return tf
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Generator[None]:
+    """Drops what native code writes to standard error: TensorFlow greets there whatever its log level."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    os.close(sink)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _to_array(tensor: Any) -> Array:
