@@ -1,1 +1,119 @@
-"""modelport."""
+"""modelport: calls models that a modelport server serves.
+
+    from modelport import Client
+
+    with Client("127.0.0.1:8500") as client:
+        answer = client.predict("mnist", images)
+        print(answer.version, answer["classes"])
+
+Names are imported when they are first used, so that ``import modelport`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelport._async_client import AsyncClient
+    from modelport._client import Client
+    from modelport._models import (
+        ModelChange,
+        ModelInfo,
+        SignatureInfo,
+        TensorInfo,
+        VersionInfo,
+        VersionState,
+    )
+    from modelport._options import Keepalive, RetryPolicy, Tls
+    from modelport._results import Prediction, StreamResult
+    from modelport.exceptions import (
+        AbortedError,
+        AlreadyExistsError,
+        CallCancelledError,
+        ClientClosedError,
+        DataLossError,
+        DeadlineExceededError,
+        FailedPreconditionError,
+        InputError,
+        InternalError,
+        InvalidArgumentError,
+        ModelportError,
+        NotFoundError,
+        OutOfRangeError,
+        PermissionDeniedError,
+        ResourceExhaustedError,
+        RpcError,
+        StreamInterruptedError,
+        UnauthenticatedError,
+        UnavailableError,
+        UnimplementedError,
+        UnknownError,
+        VersionRetiredError,
+    )
+
+__all__ = [
+    "AbortedError",
+    "AlreadyExistsError",
+    "AsyncClient",
+    "CallCancelledError",
+    "Client",
+    "ClientClosedError",
+    "DataLossError",
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "InputError",
+    "InternalError",
+    "InvalidArgumentError",
+    "Keepalive",
+    "ModelChange",
+    "ModelInfo",
+    "ModelportError",
+    "NotFoundError",
+    "OutOfRangeError",
+    "PermissionDeniedError",
+    "Prediction",
+    "ResourceExhaustedError",
+    "RetryPolicy",
+    "RpcError",
+    "SignatureInfo",
+    "StreamInterruptedError",
+    "StreamResult",
+    "TensorInfo",
+    "Tls",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "UnknownError",
+    "VersionInfo",
+    "VersionRetiredError",
+    "VersionState",
+]
+
+_MODULES = {
+    "AsyncClient": "_async_client",
+    "Client": "_client",
+    "Keepalive": "_options",
+    "ModelChange": "_models",
+    "ModelInfo": "_models",
+    "Prediction": "_results",
+    "RetryPolicy": "_options",
+    "SignatureInfo": "_models",
+    "StreamResult": "_results",
+    "TensorInfo": "_models",
+    "Tls": "_options",
+    "VersionInfo": "_models",
+    "VersionState": "_models",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'modelport' has no attribute {name!r}")
+    value: object = getattr(import_module(f"modelport.{_MODULES.get(name, 'exceptions')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

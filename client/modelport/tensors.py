@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -61,10 +61,8 @@ def _table() -> dict[str, DType]:
     types: dict[str, DType] = {}
     for enum_name in names:
         name = enum_name.removeprefix("DATA_TYPE_").lower()
-        if name == "string":
-            storage = None
-        else:
-            storage = np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<")
+        held_as = "uint16" if name == "bfloat16" else name
+        storage = None if name == "string" else np.dtype(held_as).newbyteorder("<")
         types[name] = DType(name, tensor_pb2.DataType.Value(enum_name), storage)
     return types
 
@@ -222,9 +220,9 @@ def encode(name: str, array: Array) -> tensor_pb2.Tensor:
     element_count(array.shape)
     return tensor_pb2.Tensor(
         name=name,
-        dtype=dtype.number,
+        dtype=cast("tensor_pb2.DataType.ValueType", dtype.number),
         shape=array.shape,
-        data=array_bytes(array, dtype),  # type: ignore[arg-type]
+        data=array_bytes(array, dtype),
     )
 
 

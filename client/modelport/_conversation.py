@@ -1,0 +1,283 @@
+"""The bookkeeping of a stream of batches: what was sent, answered, lost. No I/O and no clock.
+
+A conversation outlives the connections that it runs over. Its owner asks what to send next, tells
+what came back and when a connection begins and ends, and takes the results, which come in the
+order of the batches whatever happened on the way.
+
+Every batch holds a place in the window from when it is added until its result is taken, so that
+what is kept is bounded by the window, however long the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import grpc
+
+from modelport._inputs import address
+from modelport._options import StreamOptions, Target
+from modelport._results import Prediction, StreamResult, prediction
+from modelport._retry import Retrier
+from modelport._status import code_of_number, rpc_error
+from modelport.exceptions import ModelportError, VersionRetiredError
+from modelport.v1 import prediction_pb2
+
+_log = logging.getLogger("modelport")
+_Code = grpc.StatusCode
+_GONE = (_Code.NOT_FOUND, _Code.FAILED_PRECONDITION)
+
+
+class Ending(Enum):
+    """Why the connection at hand had better be left."""
+
+    NONE = auto()
+    """It need not."""
+    DRAINING = auto()
+    """The server is going to stop: read what it has still to say, send it nothing more."""
+    RETIRED = auto()
+    """The version has gone: the server closes by itself."""
+    PIN_REFUSED = auto()
+    """The version that the stream was on is not there any more: begin again without it."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    index: int
+    request: prediction_pb2.PredictRequest | None
+    outcome: Prediction | ModelportError | None = None
+    is_sent: bool = False
+    failures: int = 0
+    ready_at: float = 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.outcome is None and not self.is_sent
+
+
+class Conversation:
+    """One stream of batches over any number of connections.
+
+    Sequence numbers on the wire are a batch's index + 1.
+    """
+
+    def __init__(self, target: Target, options: StreamOptions, retrier: Retrier, server: str) -> None:
+        self._target = target
+        self._options = options
+        self._retrier = retrier
+        self._server = server
+        self._batches: deque[_Batch] = deque()
+        self._sent: deque[_Batch] = deque()  # on this connection and unanswered, in order
+        self._added = 0
+        self._taken = 0
+        self._answers = 0  # on this connection
+        self._is_first = True  # on this connection, nothing was sent yet
+        self._asked_for_pin = False
+        self._was_answered = False
+        self.pinned_version: int | None = None
+        self.ending = Ending.NONE
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another batch may be added."""
+        return len(self._batches) < self._options.window
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether anything was answered on the connection at hand."""
+        return self._answers > 0
+
+    @property
+    def taken(self) -> int:
+        """How many results were taken."""
+        return self._taken
+
+    @property
+    def unanswered(self) -> tuple[int, ...]:
+        """The indices of the batches that were added and have no outcome, in order."""
+        return tuple(batch.index for batch in self._batches if batch.outcome is None)
+
+    @property
+    def was_answered(self) -> bool:
+        """Whether the model has answered any batch."""
+        return self._was_answered
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every batch that was added has had its result taken."""
+        return not self._batches
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every batch that was added has its outcome."""
+        return all(batch.outcome is not None for batch in self._batches)
+
+    def add(self, batch: prediction_pb2.PredictRequest | ModelportError) -> None:
+        """Takes another batch in: a request to send, or what was wrong with it before it could be sent."""
+        if isinstance(batch, ModelportError):
+            self._batches.append(_Batch(self._added, None, outcome=batch))
+        else:
+            self._batches.append(_Batch(self._added, batch))
+        self._added += 1
+
+    def begin_connection(self) -> None:
+        """A new connection is open; whatever has no answer is to be sent over it, in order."""
+        for batch in self._sent:
+            batch.is_sent = False
+        self._sent.clear()
+        self._answers = 0
+        self._is_first = True
+        self.ending = Ending.NONE
+
+    def next_message(self, now: float) -> prediction_pb2.PredictStreamRequest | None:
+        """Returns what is to be sent next over this connection; None if there is nothing at the moment.
+
+        The first batch goes alone. The others follow its answer: so that a server that refuses the
+        stream, or does not have its version any more, is understood before much is under way.
+        """
+        if self.ending is not Ending.NONE or (self._sent and not self._answers):
+            return None
+        batch = next((b for b in self._waiting() if b.ready_at <= now), None)
+        if batch is None or batch.request is None:
+            return None
+        batch.is_sent = True
+        self._sent.append(batch)
+        return self._message(batch, batch.request)
+
+    def next_time(self) -> float | None:
+        """Returns when the next delayed batch is due, by the clock given to ``receive``; None if none is."""
+        return min((batch.ready_at for batch in self._waiting()), default=None)
+
+    def receive(self, message: prediction_pb2.PredictStreamResponse, now: float) -> None:
+        """Takes in what came over this connection; see ``ending`` afterwards.
+
+        Raises:
+            VersionRetiredError: if the version is gone and no other may take its place.
+        """
+        kind = message.WhichOneof("kind")
+        if kind == "response":
+            self._on_response(message.response)
+        elif kind == "error":
+            self._on_error(message.error, now)
+        elif kind == "notice":
+            self._on_notice(message.notice)
+
+    def pin_lost(self, why: str) -> None:
+        """The version that the stream was on is gone: goes on without it, where that is allowed.
+
+        Raises:
+            VersionRetiredError: if no other version may take its place.
+        """
+        version = self.pinned_version
+        if self._options.one_version or self._target.version is not None:
+            raise VersionRetiredError(
+                f"version {version or self._target.version} of {self._target.model} is not served any more: {why}",
+                code=_Code.FAILED_PRECONDITION,
+                details=why,
+            )
+        if version:
+            _log.warning(
+                "version %d of %s is gone (%s); the stream goes on with the version in charge",
+                version,
+                self._target.model,
+                why,
+            )
+        self.pinned_version = None
+
+    def refuses_pin(self, code: grpc.StatusCode) -> bool:
+        """Returns whether ``code``, as the first word on this connection, says that the version is gone."""
+        return self._asked_for_pin and not self._answers and code in _GONE
+
+    def take(self, limit: int) -> list[StreamResult]:
+        """Returns the results that are next in order, ``limit`` at most, and makes room for new batches."""
+        results: list[StreamResult] = []
+        while self._batches and len(results) < limit:
+            outcome = self._batches[0].outcome
+            if outcome is None:
+                break
+            results.append(StreamResult(index=self._batches.popleft().index, outcome=outcome))
+            self._taken += 1
+            if isinstance(outcome, ModelportError) and not self._options.return_errors:
+                break
+        return results
+
+    def _waiting(self) -> Iterator[_Batch]:
+        return (batch for batch in self._batches if batch.is_waiting)
+
+    def _message(self, batch: _Batch, request: prediction_pb2.PredictRequest) -> prediction_pb2.PredictStreamRequest:
+        request.sequence = batch.index + 1
+        if not self._is_first:
+            request.ClearField("model")
+            request.ClearField("version_choice")
+            request.ClearField("signature")
+            return prediction_pb2.PredictStreamRequest(request=request)
+        self._is_first = False
+        pin = None if self._options.follow else self.pinned_version
+        self._asked_for_pin = self._was_answered and (pin or self._target.version) is not None
+        address(request, self._target, pin)
+        return prediction_pb2.PredictStreamRequest(request=request, follow=self._options.follow)
+
+    def _on_response(self, response: prediction_pb2.PredictResponse) -> None:
+        batch = self._claim(response.sequence)
+        if batch is None:
+            return
+        self._pin(response.version)
+        self._was_answered = True
+        self._retrier.budget.succeeded()
+        try:
+            self._settle(batch, prediction(response))
+        except ModelportError as error:
+            self._settle(batch, error)
+
+    def _on_error(self, error: prediction_pb2.StreamError, now: float) -> None:
+        code = code_of_number(error.code)
+        if self.refuses_pin(code):
+            self.pin_lost(error.message)
+            self.ending = Ending.PIN_REFUSED
+            return
+        batch = self._claim(error.sequence)
+        if batch is None:
+            return
+        if error.version:
+            self._pin(error.version)
+        batch.failures += 1
+        wait_s = self._retry_wait_s(batch, code, error.retry_after_ms / 1000)
+        if wait_s is None:
+            retry_after_s = error.retry_after_ms / 1000 or None
+            self._settle(batch, rpc_error(code, error.message, server=self._server, retry_after_s=retry_after_s))
+        else:
+            batch.is_sent = False
+            batch.ready_at = now + wait_s
+
+    def _retry_wait_s(self, batch: _Batch, code: grpc.StatusCode, retry_after_s: float) -> float | None:
+        if code is _Code.UNAVAILABLE or (code is _Code.RESOURCE_EXHAUSTED and retry_after_s > 0):
+            return self._retrier.wait_s(batch.failures, retry_after_s)
+        return None
+
+    def _on_notice(self, notice: prediction_pb2.StreamNotice) -> None:
+        if notice.reason == prediction_pb2.StreamNotice.REASON_DRAINING:
+            self.ending = Ending.DRAINING
+        elif notice.reason == prediction_pb2.StreamNotice.REASON_VERSION_RETIRED:
+            self.ending = Ending.RETIRED
+            self.pin_lost(notice.message)
+
+    def _pin(self, version: int) -> None:
+        if self._options.follow or not version:
+            return
+        self.pinned_version = version
+
+    def _claim(self, sequence: int) -> _Batch | None:
+        """Returns the batch that an answer is for; a server that could not read which says 0: the oldest."""
+        batch = next((b for b in self._sent if sequence in (0, b.index + 1)), None)
+        if batch is not None:
+            self._sent.remove(batch)
+            self._answers += 1
+        return batch
+
+    @staticmethod
+    def _settle(batch: _Batch, outcome: Prediction | ModelportError) -> None:
+        batch.outcome = outcome
+        batch.request = None

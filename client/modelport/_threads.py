@@ -1,0 +1,151 @@
+"""Lets blocking code use the asynchronous client: a thread for the loop, a thread for an iterable."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, Generic, TypeVar
+
+from modelport.exceptions import ClientClosedError
+
+T = TypeVar("T")
+_JOIN_TIMEOUT_S = 1.0
+
+
+class LoopThread:
+    """An event loop in a thread of its own, which starts with the first use."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs ``coroutine`` in the loop and returns or raises what it does; an interrupt cancels it.
+
+        Raises:
+            ClientClosedError: if the loop was closed.
+        """
+        try:
+            loop = self._started()
+        except ClientClosedError:
+            coroutine.close()
+            raise
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def try_run(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        """Runs ``coroutine`` in the loop, or not at all if that is closed."""
+        with contextlib.suppress(ClientClosedError):
+            self.run(coroutine)
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs ``last`` in the loop if there is one, stops it and waits for its thread."""
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+            loop, thread = self._loop, self._thread
+        if was_closed or loop is None or thread is None:
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(last(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._is_closed:
+                raise ClientClosedError("the client is closed")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._main, args=(self._loop,), name=self._name, daemon=True)
+                self._thread.start()
+            return self._loop
+
+    @staticmethod
+    def _main(loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
+
+
+_END = object()
+
+
+class ThreadedIterator(AsyncIterator[T], Generic[T]):
+    """Iterates a blocking iterable in a thread of its own, one item whenever one is asked for.
+
+    A thread, and not the caller's between two results: an iterable that waits for its next item must
+    not hold back the answers to those before it.
+    """
+
+    def __init__(self, iterable: Iterable[T]) -> None:
+        self._iterable = iterable
+        self._wanted: queue.SimpleQueue[asyncio.Future[object] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def __anext__(self) -> T:
+        loop = asyncio.get_running_loop()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._main, args=(loop,), name="modelport-batches", daemon=True)
+            self._thread.start()
+        future: asyncio.Future[object] = loop.create_future()
+        self._wanted.put(future)
+        item = await future
+        if item is _END:
+            raise StopAsyncIteration
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Ends the thread and waits a moment for it; if the iterable blocks, it ends when that goes on."""
+        self._wanted.put(None)
+        if self._thread is not None:
+            self._thread.join(_JOIN_TIMEOUT_S)
+
+    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            iterator = iter(self._iterable)
+        except Exception as error:
+            return self._fail(loop, error)
+        while (future := self._wanted.get()) is not None:
+            try:
+                item: object = next(iterator, _END)
+            except Exception as error:
+                _answer(loop, future, error)
+            else:
+                _answer(loop, future, item)
+        return None
+
+    def _fail(self, loop: asyncio.AbstractEventLoop, error: Exception) -> None:
+        while (future := self._wanted.get()) is not None:
+            _answer(loop, future, error)
+
+
+def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[object], outcome: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits any more
+        loop.call_soon_threadsafe(_settle, future, outcome)
+
+
+def _settle(future: asyncio.Future[object], outcome: object) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
