@@ -30,7 +30,7 @@ def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S) -> str
     name = service.encode()
     request = b"\x0a" + bytes([len(name)]) + name if name else b""
     with grpc.insecure_channel(address) as channel:
-        answer: bytes = channel.unary_unary(_METHOD)(request, timeout=timeout_s)
+        answer = channel.unary_unary(_METHOD, bytes, bytes)(request, timeout=timeout_s)
     number = answer[1] if len(answer) == 2 and answer[0] == _STATUS_FIELD else 0
     return _STATUSES[number] if number < len(_STATUSES) else f"status {number}"
 
@@ -40,11 +40,12 @@ def main() -> int:
     if len(sys.argv) not in (2, 3):
         print("usage: python -m modelport._healthcheck ADDRESS [SERVICE]", file=sys.stderr)
         return 2
+    address, service = [*sys.argv[1:], ""][:2]
     try:
-        status = check(*sys.argv[1:])
+        status = check(address, service)
     except grpc.RpcError as error:
         code = error.code() if isinstance(error, grpc.Call) else error
-        print(f"no answer from {sys.argv[1]}: {code}", file=sys.stderr)
+        print(f"no answer from {address}: {code}", file=sys.stderr)
         return 1
     print(status)
     return 0 if status == "SERVING" else 1
