@@ -7,6 +7,7 @@ than grpcio: the two messages of ``grpc.health.v1`` have one field each.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import grpc
 
@@ -30,7 +31,8 @@ def check(address: str, service: str = "", timeout_s: float = _TIMEOUT_S) -> str
     name = service.encode()
     request = b"\x0a" + bytes([len(name)]) + name if name else b""
     with grpc.insecure_channel(address) as channel:
-        answer = channel.unary_unary(_METHOD, bytes, bytes)(request, timeout=timeout_s)
+        raw: Any = channel  # grpcio's stubs leave calls without serialisers untyped
+        answer: bytes = raw.unary_unary(_METHOD)(request, timeout=timeout_s)
     number = answer[1] if len(answer) == 2 and answer[0] == _STATUS_FIELD else 0
     return _STATUSES[number] if number < len(_STATUSES) else f"status {number}"
 
