@@ -1,26 +1,31 @@
-"""The root of the command line."""
+"""The command line's entry point: ``modelport``."""
 
 from __future__ import annotations
 
 import sys
-from importlib.metadata import entry_points
+
+from modelport.exceptions import ModelportError
+
+_FAILED = 1
+_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Runs the command line."""
-    import typer
-
-    from modelport.exceptions import ModelportError
-
-    app = typer.Typer(no_args_is_help=True)
-    for point in entry_points(group="modelport.commands"):
-        try:
-            register = point.load()
-        except ImportError:
-            continue
-        register(app)
+    """Runs the command line; a mistake of the user's is one line on stderr and exit status 1."""
     try:
-        app()
+        from modelport._cli_root import make_app
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        sys.exit(_say("the command line needs: pip install 'modelport[cli]'"))
+    try:
+        make_app()(prog_name="modelport")
     except ModelportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(_say(f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+
+
+def _say(text: str) -> int:
+    print(" ".join(text.split()), file=sys.stderr)
+    return _FAILED
