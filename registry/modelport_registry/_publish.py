@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,10 @@ class Request:
         for name, value in self.metrics.items():
             if not math.isfinite(value):
                 raise RegistryError(f"the metric {shown(name)} is {value}: metrics are finite numbers")
+        try:
+            json.dumps(self.lineage.parameters, allow_nan=False)
+        except (TypeError, ValueError) as exc:
+            raise RegistryError(f"the lineage's parameters must be JSON: {exc}") from exc
         if self.version is not None:
             check_version(self.version)
         for alias in self.aliases:
