@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     """Adds the trainer's commands to the command line."""
     app.command("train", rich_help_panel=_PANEL)(train)
     app.command("evaluate", rich_help_panel=_PANEL)(evaluate)
+    app.command("demo", rich_help_panel=_PANEL)(demo)
 
 
 def train(
@@ -166,6 +167,42 @@ def evaluate(
     evaluation = _published.judge(answers)
     page = _published.report_on(answers, evaluation, report) if report is not None else None
     _print_answers(answers, evaluation, page, as_json=as_json)
+
+
+def demo(
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    first_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the version that is served first.")] = 1,
+    second_epochs: Annotated[int, typer.Option(min=2, help="Epochs of the version that replaces it.")] = 12,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="An empty folder to work in.", show_default="a new temporary one")
+    ] = None,
+) -> None:
+    """See it all: train, publish, serve, call, and replace the model under load without a failed call.
+
+    Examples:
+
+        modelport demo
+
+        modelport demo --data-dir mnist-files --second-epochs 3
+    """
+    from rich.console import Console
+
+    from modelport_trainer._sources import DataSource
+    from modelport_trainer.demo import Demo, DemoOptions
+    from modelport_trainer.errors import OptionError
+
+    if second_epochs == first_epochs:
+        raise OptionError("--first-epochs and --second-epochs must differ: the second version should be better")
+    options = DemoOptions(
+        source=DataSource.parse(data, data_dir),
+        first_epochs=first_epochs,
+        second_epochs=second_epochs,
+        work_dir=work_dir,
+    )
+    status = Demo(options, Console(highlight=False)).run()
+    if status:
+        raise typer.Exit(status)
 
 
 def _run(

@@ -116,8 +116,12 @@ class ModelRollout:
 
     def advance(self) -> None:
         """Does whatever there is to do."""
+        previous: Action | None = None
         while (action := next_action(self._snapshot())) is not None:
+            if action == previous:  # it would go on for ever, and take all memory with it
+                raise RuntimeError(f"{self._name}: {action} changed nothing")
             self._carry_out(action)
+            previous = action
         self._warn_of_missing_stable()
         self.publish_status()
 
@@ -147,7 +151,7 @@ class ModelRollout:
         elif action.verb is Verb.END_STREAMS:
             _servable(tracked).retire_streams.set()
         elif action.verb is Verb.RETIRE:
-            self._spawn(self._retire(tracked))
+            self._retire(tracked)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -236,13 +240,18 @@ class ModelRollout:
             self._route.serving = None
         tracked.become(State.REJECTED, "its engine keeps failing")
 
-    async def _retire(self, tracked: Tracked) -> None:
-        servable = _servable(tracked)
+    def _retire(self, tracked: Tracked) -> None:
+        """Lets a version go at once; its engine ends in its own time, and its folder is held until then."""
+        servable, hold = _servable(tracked), tracked.hold
+        tracked.servable, tracked.hold = None, contextlib.ExitStack()
         tracked.become(State.RETIRED)
-        tracked.servable = None
-        await servable.stop()
-        tracked.hold.close()
-        _log.info("%s@%d: retired", self._name, tracked.version)
+
+        async def stop() -> None:
+            with hold:
+                await servable.stop()
+            _log.info("%s@%d: retired", self._name, servable.version)
+
+        self._spawn(stop())
 
     def _record(self, action: str, version: int, **more: Any) -> None:
         async def write() -> None:
