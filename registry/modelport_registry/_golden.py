@@ -135,6 +135,8 @@ def read_npz(path: Path, *, rtol: float, atol: float) -> list[Golden]:
     """
     groups: dict[str, dict[str, dict[str, Array]]] = {}
     try:
+        if not zipfile.is_zipfile(path):  # numpy would read a lone .npy as well
+            raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as archive:
             for key in archive.files:
                 match = _NPZ_KEY.fullmatch(key)

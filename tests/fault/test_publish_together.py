@@ -1,0 +1,235 @@
+"""Many processes at one registry: publishers, readers that hold versions, collectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelport_registry import Registry
+from tests.support.saved_models import write_fake_saved_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = "digits"
+PUBLISHERS = 8
+
+# Each says that it is ready, waits for a line, acts, and says what came of it.
+_HEAD = """
+import json, sys
+from modelport_registry import Registry, NotFoundError, RegistryError
+import modelport_registry._publish
+registry, model, source, version = Registry(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+def say(what):
+    print(json.dumps(what), flush=True)
+say("ready")
+sys.stdin.readline()
+"""
+PUBLISH = """
+try:
+    say(registry.publish(model, source, version=version).version)
+except RegistryError as exc:
+    say(type(exc).__name__)
+"""
+PUBLISH_TEN = """
+for _ in range(10):
+    say(registry.publish(model, source, aliases=["newest"]).version)
+"""
+HOLD = """
+with registry.lease(model, version):
+    say("held")
+    sys.stdin.readline()
+"""
+FORK = """
+import os
+with registry.lease(model, 1):
+    child = os.fork()
+    if child == 0:
+        sys.stdin.readline()
+        os._exit(0)
+say("left")
+os.waitpid(child, 0)
+"""
+READ = """
+checked = 0
+while registry.versions(model)[-1] < version:
+    oldest = registry.versions(model)[0]
+    try:
+        with registry.lease(model, oldest):
+            for _ in range(3):
+                registry.verify(model, oldest)
+            checked += 1
+    except NotFoundError:
+        pass
+say(checked)
+"""
+COLLECT = """
+removed = 0
+while registry.versions(model)[-1] < version:
+    removed += len(registry.collect_garbage(model, keep=2, staging_age_s=0).removed.get(model, ()))
+say(removed)
+"""
+
+
+class Worker:
+    """A process that does one of the above."""
+
+    def __init__(self, script: str, root: Path, source: Path, version: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _HEAD + script, root, MODEL, source, json.dumps(version)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def go(self) -> None:
+        """Lets it go on."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        """Returns what it says next."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the worker died"
+        return json.loads(line)
+
+
+@contextmanager
+def working(*workers: Worker) -> Generator[None]:
+    """Waits until all are ready, and ends them at the end."""
+    with ExitStack() as stack:
+        for worker in workers:
+            stack.enter_context(worker.process)
+            stack.callback(worker.process.kill)
+        for worker in workers:
+            assert worker.hear() == "ready"
+        yield
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_fake_saved_model(tmp_path / "model", variables=bytes(200_000))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "registry"
+
+
+def test_eight_publishers_make_eight_whole_versions(root: Path, source: Path) -> None:
+    workers = [Worker(PUBLISH, root, source) for _ in range(PUBLISHERS)]
+    with working(*workers):
+        for worker in workers:
+            worker.go()
+        numbers = [worker.hear() for worker in workers]
+    assert sorted(numbers) == list(range(1, PUBLISHERS + 1))
+    registry = Registry(root)
+    assert registry.versions(MODEL) == sorted(numbers)
+    for number in numbers:
+        registry.verify(MODEL, number)
+    assert [entry.version for entry in registry.journal(MODEL)] == sorted(numbers)
+    assert list((root / MODEL / ".staging").iterdir()) == []
+
+
+def test_of_eight_publishers_of_one_number_one_wins(root: Path, source: Path) -> None:
+    workers = [Worker(PUBLISH, root, source, 5) for _ in range(PUBLISHERS)]
+    with working(*workers):
+        for worker in workers:
+            worker.go()
+        answers = Counter(worker.hear() for worker in workers)
+    assert answers == {5: 1, "AlreadyExistsError": PUBLISHERS - 1}
+    registry = Registry(root)
+    assert registry.versions(MODEL) == [5]
+    registry.verify(MODEL, 5)
+    assert list((root / MODEL / ".staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["leaves", "is killed"])
+def test_a_version_that_another_process_holds_is_not_collected(root: Path, source: Path, end: str) -> None:
+    registry = Registry(root)
+    for _ in range(3):
+        registry.publish(MODEL, source)
+    holder = Worker(HOLD, root, source, 1)
+    with working(holder):
+        holder.go()
+        assert holder.hear() == "held"
+        report = registry.collect_garbage(keep=1)
+        assert (report.removed, report.leased) == ({MODEL: (2,)}, {MODEL: (1,)})
+        registry.verify(MODEL, 1)
+        if end == "leaves":
+            holder.go()
+        else:
+            holder.process.send_signal(signal.SIGKILL)
+        holder.process.wait()
+        assert registry.collect_garbage(keep=1).removed == {MODEL: (1,)}
+
+
+def test_a_lease_is_not_kept_by_a_child_that_was_forked_under_it(root: Path, source: Path) -> None:
+    registry = Registry(root)
+    for _ in range(2):
+        registry.publish(MODEL, source)
+    parent = Worker(FORK, root, source)
+    with working(parent):
+        parent.go()
+        assert parent.hear() == "left"
+        assert registry.collect_garbage(keep=1).removed == {MODEL: (1,)}
+        parent.go()
+        assert parent.process.wait() == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become someone who may not write")
+def test_who_may_only_read_holds_versions_too(source: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        root = Path(folder, "registry")
+        registry = Registry(root)
+        for _ in range(2):
+            registry.publish(MODEL, source)
+        holder = Worker(f"import os\nos.setuid(65534)\n{HOLD}", root, source, 1)
+        with working(holder):
+            holder.go()
+            assert holder.hear() == "held"
+            assert registry.collect_garbage(keep=1).leased == {MODEL: (1,)}
+            (root / MODEL / ".leases" / "1").unlink()
+        again = Worker(f"import os\nos.setuid(65534)\n{HOLD}", root, source, 1)
+        with working(again):
+            again.go()
+            assert again.hear() == "held"  # unprotected, but served
+
+
+def test_publishers_readers_and_collectors_at_once(root: Path, source: Path) -> None:
+    registry = Registry(root)
+    registry.publish(MODEL, source)
+    last = 1 + 3 * 10
+    publishers = [Worker(PUBLISH_TEN, root, source) for _ in range(3)]
+    readers = [Worker(READ, root, source, last) for _ in range(2)]
+    collector = Worker(COLLECT, root, source, last)
+    with working(*publishers, *readers, collector):
+        for worker in (*publishers, *readers, collector):
+            worker.go()
+        numbers = sorted(worker.hear() for worker in publishers for _ in range(10))
+        assert numbers == list(range(2, last + 1))
+        assert all(reader.hear() > 0 for reader in readers)
+        assert collector.hear() > 0
+    assert registry.resolve(MODEL, alias="newest") in registry.versions(MODEL)
+    registry.collect_garbage(keep=2, staging_age_s=0)
+    assert registry.versions(MODEL)[-2:] == [last - 1, last]
+    assert len(registry.versions(MODEL)) <= 3
+    for version in registry.versions(MODEL):
+        registry.verify(MODEL, version)
+    published = [entry.version for entry in registry.journal(MODEL) if entry.action == "publish"]
+    assert published == list(range(1, last + 1))
+    assert list((root / MODEL / ".staging").iterdir()) == []
