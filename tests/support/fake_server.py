@@ -30,7 +30,7 @@ Run = Callable[["Arrays", int], "Arrays"]
 PING_OPTIONS = [("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """Raised by a script: the call gets this status; in a stream, in-band."""
 
     def __init__(self, code: grpc.StatusCode, text: str = "refused", retry_after_ms: int | None = None) -> None:
@@ -66,7 +66,7 @@ def doubled(inputs: Arrays, version: int) -> Arrays:
 class FakeServer:
     """A server of one model, ``m``; use it as ``async with``.
 
-    ``on_request`` sees every request before it is answered and may raise Refusal, wait, or return a
+    ``on_request`` sees every request before it is answered and may raise RefusalError, wait, or return a
     message to send in place of the answer. Streams can be told to end by ``drain`` and ``retire``.
     """
 
@@ -102,7 +102,7 @@ class FakeServer:
 
     async def start(self) -> None:
         """Starts to listen; after a ``kill``, again at the address it had."""
-        self._server = grpc.aio.server(options=[*PING_OPTIONS, *self.options])
+        self._server = cast("Any", grpc.aio).server(options=[*PING_OPTIONS, *self.options])
         self._server.add_generic_rpc_handlers(self._handlers())
         if self.credentials is None:
             port = self._server.add_insecure_port(self.address)
@@ -155,8 +155,8 @@ class FakeServer:
         for queue in self._notices:
             queue.put_nowait(prediction_pb2.StreamNotice(reason=reason, message="said the test"))
 
-    def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        raw = cast("Any", grpc)  # the handlers get and give bytes
+    def _handlers(self) -> Any:
+        raw = cast("Any", grpc)  # the handlers get and give bytes, which its stubs know nothing of
         prediction = {
             "Predict": raw.unary_unary_rpc_method_handler(self._predict),
             "PredictStream": raw.stream_stream_rpc_method_handler(self._predict_stream),
@@ -171,17 +171,17 @@ class FakeServer:
             "Watch": raw.unary_stream_rpc_method_handler(self._watch_health),
         }
         return (
-            grpc.method_handlers_generic_handler("modelport.v1.PredictionService", prediction),
-            grpc.method_handlers_generic_handler("modelport.v1.ModelService", models),
-            grpc.method_handlers_generic_handler("grpc.health.v1.Health", health),
+            raw.method_handlers_generic_handler("modelport.v1.PredictionService", prediction),
+            raw.method_handlers_generic_handler("modelport.v1.ModelService", models),
+            raw.method_handlers_generic_handler("grpc.health.v1.Health", health),
         )
 
     async def _predict(self, message: bytes, context: Context) -> bytes:
         request = Request.FromString(message)
         try:
-            version = self._resolve(request, None)
-            return (await self._answer(request, version)).response.SerializeToString()
-        except Refusal as refusal:
+            version = self.resolve(request, None)
+            return (await self.answer(request, version)).response.SerializeToString()
+        except RefusalError as refusal:
             if refusal.retry_after_ms is not None:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(refusal.retry_after_ms)),))
             await context.abort(refusal.code, refusal.text)
@@ -204,7 +204,8 @@ class FakeServer:
             async with self._changed:
                 self._changed.notify_all()
 
-    def _resolve(self, request: Request, pinned: int | None) -> int:
+    def resolve(self, request: Request, pinned: int | None) -> int:
+        """Returns the version that answers."""
         if pinned is not None:
             return pinned
         choice = request.WhichOneof("version_choice")
@@ -215,10 +216,11 @@ class FakeServer:
         else:
             version = self.serving
         if version not in self.versions:
-            raise Refusal(grpc.StatusCode.NOT_FOUND, f"m has no version {version}")
+            raise RefusalError(grpc.StatusCode.NOT_FOUND, f"m has no version {version}")
         return version
 
-    async def _answer(self, request: Request, version: int) -> StreamResponse:
+    async def answer(self, request: Request, version: int) -> StreamResponse:
+        """Returns what the script says, or the model."""
         self.requests.append(request)
         async with self._changed:
             self._changed.notify_all()
@@ -258,9 +260,11 @@ class FakeServer:
     async def _watch_models(self, message: bytes, context: Context) -> AsyncIterator[bytes]:
         while True:
             yield model_pb2.WatchModelsResponse(model=self.model()).SerializeToString()
-            serving = self.serving
-            async with self._changed:
-                await self._changed.wait_for(lambda serving=serving: self.serving != serving)
+            await self._serves_other_than(self.serving)
+
+    async def _serves_other_than(self, version: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.serving != version)
 
     async def _check(self, message: bytes, context: Context) -> bytes:
         return b"\x08\x01" if self.healthy else b"\x08\x02"
@@ -319,15 +323,15 @@ class _Stream:
         if first.HasField("alias") and not request.WhichOneof("version_choice"):
             request.alias = first.alias
         try:
-            version = self._server._resolve(request, self._pinned)
+            version = self._server.resolve(request, self._pinned)
             if not self._first.follow:
                 self._pinned = version
-            return await self._server._answer(request, version)
-        except Refusal as refusal:
+            return await self._server.answer(request, version)
+        except RefusalError as refusal:
             return error(request.sequence, refusal)
 
 
-def error(sequence: int, refusal: Refusal) -> StreamResponse:
+def error(sequence: int, refusal: RefusalError) -> StreamResponse:
     """Returns an in-band error."""
     return StreamResponse(
         error=prediction_pb2.StreamError(
