@@ -21,6 +21,8 @@ class Route:
     aliases: Mapping[str, int] = field(default_factory=dict[str, int])
     known: Mapping[int, str] = field(default_factory=dict[int, str])
     """Every version in the registry with its state, for messages."""
+    coming: frozenset[int] = frozenset()
+    """Versions that have not come to the end of their loading."""
 
 
 class Router:
@@ -64,6 +66,8 @@ class Router:
             return found
         if version not in route.known:
             raise UnknownNameError(f"model {model!r} has no version {version}")
+        if route.serving is None and version in route.coming:
+            raise NotAvailableError(f"model {model!r} has no available version yet", retry_after_s=0.5)
         raise NotLoadedError(f"version {version} of {model!r} is not loaded: it is {route.known[version]}")
 
 

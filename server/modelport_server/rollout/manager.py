@@ -16,6 +16,7 @@ from modelport_registry import Manifest, Registry
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.options import ServerOptions
 from modelport_server.rollout.policy import (
+    COMING,
     Action,
     ModelSnapshot,
     State,
@@ -277,6 +278,9 @@ class ModelRollout:
     def publish_status(self) -> None:
         """Posts what there is to know to the status board."""
         self._route.known = {n: _state_text(tracked) for n, tracked in self._versions.items()}
+        self._route.coming = frozenset(
+            n for n, tracked in self._versions.items() if tracked.state is State.DISCOVERED or tracked.state in COMING
+        )
         self._board.post(
             self._name,
             ModelStatus(

@@ -57,8 +57,8 @@ class PredictStream:
         self._notices: deque[pb.StreamNotice] = deque()
         self._retired = False
         self._closed = False
-        self._first: Request | None = None
-        self._follow: bool | None = None
+        self._first: pb.PredictRequest | None = None
+        self._follow = False
         self._pinned: Servable | None = None
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -129,37 +129,36 @@ class PredictStream:
         try:
             message = parse_stream(raw)
             sequence = message.request.sequence
-            if self._follow is None:
+            if self._first is None:
                 self._follow = message.follow
+                self._first = _names_of(message.request)
             request = to_request(message.request, len(raw))
-            servable = self._route(request)
-            await self._start(servable, request)
+            servable = self._route(request, self._first)
+            await self._start(servable, request, request.signature or self._first.signature)
         except Exception as error:  # status_of logs what it does not know
             failed.set_exception(error)
             outputs = request.outputs if request is not None else ()
             self._append(_Pending(sequence, len(raw), outputs, None, failed))
 
-    def _route(self, request: Request) -> Servable:
-        first = self._first
-        if self._pinned is not None and first is not None:
+    def _route(self, request: Request, first: pb.PredictRequest) -> Servable:
+        if self._pinned is not None:
             self._check_pin(request, first, self._pinned)
             return self._pinned
-        named = request.version is not None or request.alias is not None
-        source = request if named or first is None else first
-        servable = self._router.resolve(
-            request.model or (first.model if first else ""), version=source.version, alias=source.alias
-        )
-        if first is None:
-            self._first = request
-            if not self._follow:
-                self._pin(servable)
+        version, alias = request.version, request.alias
+        if version is None and alias is None and request.model in ("", first.model):
+            choice = first.WhichOneof("version_choice")
+            version = first.version if choice == "version" else None
+            alias = first.alias if choice == "alias" else None
+        servable = self._router.resolve(request.model or first.model, version=version, alias=alias)
+        if not self._follow:
+            self._pin(servable)
         return servable
 
-    def _check_pin(self, request: Request, first: Request, pinned: Servable) -> None:
+    def _check_pin(self, request: Request, first: pb.PredictRequest, pinned: Servable) -> None:
         same = (
             request.model in ("", pinned.model)
             and request.version in (None, pinned.version)
-            and request.alias in (None, first.alias)
+            and request.alias in (None, first.alias or None)
         )
         if not same:
             raise InvalidCallError(
@@ -171,9 +170,7 @@ class PredictStream:
         self._pinned = servable
         self._unsubscribe.append(servable.retire_streams.subscribe(self._on_retired))
 
-    async def _start(self, servable: Servable, request: Request) -> None:
-        first = self._first
-        signature = request.signature or (first.signature if first else "")
+    async def _start(self, servable: Servable, request: Request, signature: str) -> None:
         servable.acquire()
         try:
             call = servable.prepare(signature, request.inputs, request.outputs, deadline_of(self._context))
@@ -223,6 +220,17 @@ class PredictStream:
             version=self._pinned.version,
         )
         await self._context.write(_packed(pb.PredictStreamResponse(notice=notice)))
+
+
+def _names_of(message: pb.PredictRequest) -> pb.PredictRequest:
+    """Returns a copy without the tensors: what the later messages of a stream may leave out."""
+    names = pb.PredictRequest(model=message.model, signature=message.signature)
+    choice = message.WhichOneof("version_choice")
+    if choice == "version":
+        names.version = message.version
+    elif choice == "alias":
+        names.alias = message.alias
+    return names
 
 
 def _packed(message: pb.PredictStreamResponse) -> bytes:
