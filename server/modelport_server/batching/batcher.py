@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, BatchRunner, Call, Key, Part
@@ -18,7 +18,7 @@ from modelport_server.errors import (
     ServeError,
 )
 from modelport_server.options import BatchLimits
-from modelport_server.tensors import cut_rows, join_rows, owned
+from modelport_server.tensors import RawTensor, cut_rows, join_rows, owned
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ class Batcher:
     def waiting_rows(self) -> int:
         """How many rows wait."""
         return self._rows
+
+    @property
+    def waiting_bytes(self) -> int:
+        """How many bytes of input the calls have that have rows waiting."""
+        return self._bytes
 
     @property
     def idle(self) -> bool:
@@ -306,7 +311,21 @@ class Batcher:
         if call.finished_rows < call.rows:
             return
         call.pieces.sort(key=lambda piece: piece[0])
-        columns = zip(*(piece for _, piece in call.pieces), strict=True)
-        outputs = tuple(join_rows(column) for column in columns) if len(call.pieces) > 1 else tensors
+        try:
+            outputs = _join_pieces([piece for _, piece in call.pieces])
+        except ModelFailureError as error:
+            call.fail(error)  # to run its rows again would be of no use
+            return
         queue_time_us = int((call.first_run_at - call.enqueued_at) * 1e6)
         call.future.set_result(Answer(self._version, outputs, queue_time_us, call.engine_time_us))
+
+
+def _join_pieces(pieces: Sequence[tuple[RawTensor, ...]]) -> tuple[RawTensor, ...]:
+    """Returns the outputs of a call that ran in several batches, whose free dimensions may have come out apart."""
+    first = pieces[0]
+    for piece in pieces[1:]:
+        if [(t.name, t.dtype, t.inner) for t in piece] != [(t.name, t.dtype, t.inner) for t in first]:
+            raise ModelFailureError(
+                "the call was larger than a batch, and the shapes of the model's outputs differ from batch to batch"
+            )
+    return tuple(join_rows(column) for column in zip(*pieces, strict=True)) if len(pieces) > 1 else first

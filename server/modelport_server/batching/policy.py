@@ -47,7 +47,7 @@ def close_batch(waiting: Iterable[Call], limits: BatchLimits, *, in_flight: int)
         if fitting:
             parts.append((call, call.taken_rows, call.taken_rows + fitting))
             rows_left -= fitting
-            bytes_left -= int(fitting * row_bytes)
+            bytes_left = max(bytes_left - int(fitting * row_bytes), 0)
         if fitting < left or rows_left == 0:
             full = True
             break

@@ -1,0 +1,209 @@
+"""The batcher, one fault at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from modelport_server.batching.batcher import Batcher
+from modelport_server.batching.calls import Call
+from modelport_server.errors import EngineDiedError, ExpiredError, ModelFailureError, NotAvailableError, OverloadedError
+from modelport_server.options import BatchLimits
+from modelport_server.tensors import RawTensor
+from tests.support.engines import FakeEngine, Run, ids_of, new_call, numbers, settle, text, texts_of
+
+
+def _batcher(engine: FakeEngine, **limits: Any) -> Batcher:
+    return Batcher(engine, BatchLimits(**limits), 3)
+
+
+async def _waiting_behind_one(batcher: Batcher, engine: FakeEngine, calls: list[Call]) -> Run:
+    """Submits ``calls`` while a batch is under way, so that they will run together; returns that batch."""
+    batcher.submit(new_call([999]))
+    for call in calls:
+        batcher.submit(call)
+    await settle()
+    assert len(engine.runs) == 1
+    return engine.runs[0]
+
+
+@pytest.mark.parametrize("gone", range(4))
+async def test_cancelling_one_of_four_that_run_together_hangs_nobody(gone: int) -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    calls = [new_call([number]) for number in range(4)]
+    first = await _waiting_behind_one(batcher, engine, calls)
+    first.end.set_result(first.output())
+    await settle()
+    batch = engine.runs[0]
+    assert batch.ids == [0, 1, 2, 3]
+    calls[gone].future.cancel()
+    await settle()
+    batch.end.set_result(batch.output())
+    await settle()
+    for number, call in enumerate(calls):
+        if number != gone:
+            assert ids_of(call.future.result().outputs[0]) == [number]
+    assert batch.released
+    assert batcher.idle
+
+
+async def test_rows_of_a_call_that_was_cancelled_while_it_waited_are_not_run() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    calls = [new_call([number]) for number in range(4)]
+    first = await _waiting_behind_one(batcher, engine, calls)
+    calls[2].future.cancel()
+    await settle()
+    assert batcher.waiting_rows == 3
+    first.end.set_result(first.output())
+    await settle()
+    assert engine.runs[0].ids == [0, 1, 3]
+
+
+async def test_an_expired_call_ends_though_nothing_takes_it_from_the_queue() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    batcher.submit(new_call([1]))
+    batcher.pause()
+    loop = asyncio.get_running_loop()
+    call = new_call([2], deadline=loop.time() + 0.02)
+    batcher.submit(call)
+    with pytest.raises(ExpiredError):
+        await asyncio.wait_for(call.future, 5)
+    assert batcher.waiting_rows == 0
+
+
+async def test_a_bad_row_fails_its_own_call_among_31_others() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    calls = [new_call([number]) for number in range(32)]
+    run = await _waiting_behind_one(batcher, engine, calls)
+    sizes: list[int] = []
+    while engine.runs:
+        run = engine.runs[0]
+        sizes.append(len(run.ids))
+        if 17 in run.ids:
+            run.end.set_exception(ModelFailureError("negative", caller_fault=True))
+        else:
+            run.end.set_result(run.output())
+        await settle()
+    for number, call in enumerate(calls):
+        if number == 17:
+            assert isinstance(call.future.exception(), ModelFailureError)
+        else:
+            assert ids_of(call.future.result().outputs[0]) == [number]
+    assert sizes[:2] == [1, 32]
+    assert len(sizes) <= 2 + 2 * 5  # halves, and halves of halves
+
+
+async def test_more_rows_than_the_largest_batch_become_one_answer() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_batch_size=4)
+    ids = list(range(100, 111))
+    call = new_call(ids, signature="texts")
+    batcher.submit(call)
+    await settle()
+    order = [run.ids for run in engine.runs]
+    while engine.runs:
+        run = engine.runs[-1]  # the last one first: answers may come in any order
+        run.end.set_result(run.output())
+        await settle()
+    answer = call.future.result()
+    assert order == [ids[:4], ids[4:8]]
+    assert ids_of(answer.outputs[0]) == ids
+    assert texts_of(answer.outputs[1]) == [text(number) for number in ids]
+
+
+async def test_pieces_of_different_shapes_are_the_models_failure_and_no_garbage() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_batch_size=2)
+    call = new_call([1, 2, 3, 4])
+    batcher.submit(call)
+    await settle()
+    wide = numbers("id", [0, 0, 0, 0])
+    first, second = engine.runs
+    first.end.set_result(first.output())
+    second.end.set_result(second.output([RawTensor("id", wide.dtype, (2, 2), wide.data)]))
+    await settle()
+    with pytest.raises(ModelFailureError, match="differ from batch to batch"):
+        call.future.result()
+
+
+async def test_a_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_enqueued_rows=4)
+    await _waiting_behind_one(batcher, engine, [new_call([1, 2, 3])])
+    with pytest.raises(OverloadedError) as caught:
+        batcher.submit(new_call([4, 5]))
+    assert caught.value.retry_after_s is not None
+    assert 0 < caught.value.retry_after_s <= 5
+    batcher.submit(new_call([4]))
+    assert batcher.waiting_rows == 4
+
+
+async def test_one_call_of_any_size_may_wait_alone() -> None:
+    engine = FakeEngine(slots=1)
+    batcher = _batcher(engine, max_enqueued_rows=4, max_batch_size=2)
+    batcher.submit(new_call(list(range(10))))
+    assert batcher.waiting_rows == 8
+
+
+async def test_room_wakes_when_there_is_some() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_enqueued_rows=4)
+    waiting = new_call([1, 2, 3])
+    await _waiting_behind_one(batcher, engine, [waiting])
+    call = new_call([4, 5])
+    room = asyncio.create_task(batcher.room(call))
+    await settle()
+    assert not room.done()
+    waiting.future.cancel()
+    await settle()
+    assert room.done()
+    batcher.submit(call)
+
+
+async def test_closing_ends_what_waits_and_what_waits_for_room() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_enqueued_rows=4)
+    waiting = new_call([1, 2, 3])
+    run = await _waiting_behind_one(batcher, engine, [waiting])
+    late = new_call([4, 5])
+    room = asyncio.create_task(batcher.room(late))
+    await settle()
+    batcher.close(NotAvailableError("closed"))
+    await asyncio.wait_for(room, 5)
+    with pytest.raises(NotAvailableError):
+        batcher.submit(late)
+    run.end.set_exception(EngineDiedError("killed"))
+    await settle()
+    with pytest.raises(NotAvailableError, match="closed"):
+        waiting.future.result()
+    assert isinstance(run.batch.parts[0].call.future.exception(), EngineDiedError)
+    assert batcher.waiting_rows == 0
+    assert batcher.idle
+
+
+async def test_a_paused_batcher_keeps_what_waits_and_goes_on() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    batcher.pause()
+    call = new_call([1])
+    batcher.submit(call)
+    await settle()
+    assert not engine.runs
+    batcher.resume()
+    await settle()
+    assert engine.runs[0].ids == [1]
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await call.future
+
+
+async def test_a_call_that_ran_out_of_time_is_not_even_queued() -> None:
+    batcher = _batcher(FakeEngine())
+    with pytest.raises(ExpiredError):
+        batcher.submit(new_call([1], deadline=asyncio.get_running_loop().time() - 1))
+    assert batcher.waiting_rows == 0
