@@ -141,12 +141,12 @@ def store(folder: ModelFolder, draft: Draft, on_progress: Progress | None) -> Pu
 def _saved_model_files(folder: Path) -> list[tuple[Path, Found]]:
     if not folder.is_dir():
         raise InvalidModelError(f"{shown(str(folder))} is not a folder: give the SavedModel's folder")
+    if not (folder / SAVED_MODEL).exists():  # looked for first: what lies in a wrong folder is no news
+        raise InvalidModelError(f"{shown(str(folder))} holds no {SAVED_MODEL}: give the SavedModel's folder")
     found = [(folder / f.path, f) for f in walk(folder, InvalidModelError) if not f.is_folder]
     names = {f.path.split("/")[0] for _, f in found}
     if ours := [name for name in _OURS if name in names]:
         raise InvalidModelError(f"the folder holds {ours[0]}, which modelport writes itself: remove it")
-    if not any(f.path == SAVED_MODEL for _, f in found):
-        raise InvalidModelError(f"{shown(str(folder))} holds no {SAVED_MODEL}: give the SavedModel's folder")
     return found
 
 
