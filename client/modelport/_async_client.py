@@ -350,7 +350,7 @@ class AsyncClient:
         for attempt in range(1, _WHOLE_CALLS + 1):
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    return await self._joined_parts(target, arrays, deadline)
+                    return await self._joined_parts(target, arrays, signature, deadline)
             except VersionRetiredError:
                 if target.version is not None or attempt == _WHOLE_CALLS:
                     raise
@@ -359,9 +359,12 @@ class AsyncClient:
                 raise _status.rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, text, server=self._server) from error
         raise AssertionError("unreachable")
 
-    async def _joined_parts(self, target: Target, arrays: dict[str, Any], deadline: float) -> Prediction:
+    async def _joined_parts(
+        self, target: Target, arrays: dict[str, Any], signature: SignatureInfo, deadline: float
+    ) -> Prediction:
         options = StreamOptions(one_version=True, resume_timeout_s=max(0.0, deadline - time.monotonic()))
-        parts = _inputs.parts(arrays, self._options.max_message_bytes)
+        answer_bytes = _inputs.answer_row_bytes(signature, target.outputs)
+        parts = _inputs.parts(arrays, self._options.max_message_bytes, answer_bytes)
         bulk_call = self.bulk_call(target, parts, options)
         answers: list[Prediction] = []
         try:

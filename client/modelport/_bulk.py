@@ -156,9 +156,7 @@ class BulkCall:
         if error is None or self._options.return_errors:
             return results
         self._fail(error)
-        if len(results) == 1:
-            raise error
-        return results[:-1]
+        raise error
 
     def _fail(self, failure: BaseException) -> None:
         if self._failure is None:

@@ -51,6 +51,7 @@ class _Batch:
     outcome: Prediction | ModelportError | None = None
     is_sent: bool = False
     failures: int = 0
+    failing_since: float | None = None
     ready_at: float = 0.0
 
     @property
@@ -192,15 +193,19 @@ class Conversation:
         return self._asked_for_pin and not self._answers and code in _GONE
 
     def take(self, limit: int) -> list[StreamResult]:
-        """Returns the results that are next in order, ``limit`` at most, and makes room for new batches."""
+        """Returns the results that are next in order, ``limit`` at most, and makes room for new batches.
+
+        An error that ends the stream comes alone, so that what was answered before it is handed out first.
+        """
         results: list[StreamResult] = []
         while self._batches and len(results) < limit:
             outcome = self._batches[0].outcome
-            if outcome is None:
+            ends_stream = isinstance(outcome, ModelportError) and not self._options.return_errors
+            if outcome is None or (ends_stream and results):
                 break
             results.append(StreamResult(index=self._batches.popleft().index, outcome=outcome))
             self._taken += 1
-            if isinstance(outcome, ModelportError) and not self._options.return_errors:
+            if ends_stream:
                 break
         return results
 
@@ -244,7 +249,7 @@ class Conversation:
         if error.version:
             self._pin(error.version)
         batch.failures += 1
-        wait_s = self._retry_wait_s(batch, code, error.retry_after_ms / 1000)
+        wait_s = self._retry_wait_s(batch, code, error.retry_after_ms / 1000, now)
         if wait_s is None:
             retry_after_s = error.retry_after_ms / 1000 or None
             self._settle(batch, rpc_error(code, error.message, server=self._server, retry_after_s=retry_after_s))
@@ -252,10 +257,19 @@ class Conversation:
             batch.is_sent = False
             batch.ready_at = now + wait_s
 
-    def _retry_wait_s(self, batch: _Batch, code: grpc.StatusCode, retry_after_s: float) -> float | None:
-        if code is _Code.UNAVAILABLE or (code is _Code.RESOURCE_EXHAUSTED and retry_after_s > 0):
-            return self._retrier.wait_s(batch.failures, retry_after_s)
-        return None
+    def _retry_wait_s(self, batch: _Batch, code: grpc.StatusCode, retry_after_s: float, now: float) -> float | None:
+        """Returns how long to wait before a batch is sent again; None for not at all.
+
+        A server that says when to come back, because it is full or still loading, paces its callers by
+        itself: they come back for as long as a broken stream would be resumed.
+        """
+        if code not in (_Code.UNAVAILABLE, _Code.RESOURCE_EXHAUSTED):
+            return None
+        if retry_after_s > 0:
+            batch.failing_since = now if batch.failing_since is None else batch.failing_since
+            is_late = now + retry_after_s - batch.failing_since > self._options.resume_timeout_s
+            return None if is_late else retry_after_s + self._retrier.jittered_s(batch.failures)
+        return self._retrier.wait_s(batch.failures) if code is _Code.UNAVAILABLE else None
 
     def _on_notice(self, notice: prediction_pb2.StreamNotice) -> None:
         if notice.reason == prediction_pb2.StreamNotice.REASON_DRAINING:

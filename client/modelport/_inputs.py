@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -86,6 +87,7 @@ def address(message: prediction_pb2.PredictRequest, target: Target, version: int
     """Writes into ``message`` whom it is for; ``version`` takes the place of the target's choice."""
     message.model = target.model
     message.signature = target.signature
+    message.ClearField("version_choice")  # an earlier try may have left one
     if version is not None or target.version is not None:
         message.version = version or target.version or 0
     elif target.alias is not None:
@@ -114,16 +116,26 @@ def row_count(arrays: Mapping[str, Array]) -> int:
     return next(iter(counts.values()))
 
 
-def parts(arrays: Mapping[str, Array], max_bytes: int) -> Iterator[dict[str, Array]]:
-    """Yields ``arrays`` in slices of rows that each fit into a message; views, not copies.
+def answer_row_bytes(signature: SignatureInfo, wanted: Sequence[str]) -> int:
+    """Returns the bytes that a row's answer takes, as far as the signature says so."""
+    return sum(_row_bytes(spec) for spec in signature.outputs if not wanted or spec.name in wanted)
+
+
+def parts(arrays: Mapping[str, Array], max_bytes: int, answer_bytes: int = 0) -> Iterator[dict[str, Array]]:
+    """Yields ``arrays`` in slices of rows that fit into a message, as their answers do; views, not copies.
+
+    Args:
+        arrays: the inputs.
+        max_bytes: the largest message.
+        answer_bytes: the bytes that the answer to a row takes.
 
     Raises:
         InputError: if one row alone does not fit, or the arrays disagree on the number of rows.
     """
     rows = row_count(arrays)
-    limit = max_bytes - _ROOM_BYTES
+    limit = max_bytes - 2 * _ROOM_BYTES
     wanted = min(limit, _PART_BYTES)
-    step = max(1, rows * wanted // max(1, sum(map(_wire_bytes, arrays.values()))))
+    step = max(1, rows * wanted // max(1, sum(map(_wire_bytes, arrays.values())), rows * answer_bytes))
     start = 0
     while start < rows:
         size = step
@@ -133,6 +145,13 @@ def parts(arrays: Mapping[str, Array], max_bytes: int) -> Iterator[dict[str, Arr
             part = {name: array[start : start + size] for name, array in arrays.items()}
         yield part
         start += size
+
+
+def _row_bytes(spec: TensorInfo) -> int:
+    dtype = tensors.DTYPES.get(spec.dtype)
+    if dtype is None or not spec.shape:
+        return 0
+    return math.prod(size or 1 for size in spec.shape[1:]) * dtype.itemsize
 
 
 def _wire_bytes(array: Array) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from modelport.exceptions import ModelportError
@@ -12,6 +13,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; a mistake of the user's is one line on stderr and exit status 1."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells about every connection that ends
     try:
         from modelport._cli_root import make_app
     except ModuleNotFoundError as error:

@@ -27,7 +27,12 @@ StreamResponse = prediction_pb2.PredictStreamResponse
 Context = Any  # grpc.aio.ServicerContext, whose stubs are generic in what raw bytes handlers don't have
 Run = Callable[["Arrays", int], "Arrays"]
 
-PING_OPTIONS = [("grpc.http2.min_ping_interval_without_data_ms", 500), ("grpc.so_reuseport", 0)]
+DEFAULT_OPTIONS = [
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+]
 
 
 class RefusalError(Exception):
@@ -102,7 +107,7 @@ class FakeServer:
 
     async def start(self) -> None:
         """Starts to listen; after a ``kill``, again at the address it had."""
-        self._server = cast("Any", grpc.aio).server(options=[*PING_OPTIONS, *self.options])
+        self._server = cast("Any", grpc.aio).server(options=[*DEFAULT_OPTIONS, *self.options])
         self._server.add_generic_rpc_handlers(self._handlers())
         if self.credentials is None:
             port = self._server.add_insecure_port(self.address)

@@ -120,7 +120,7 @@ def test_what_has_no_type_on_the_wire_is_refused() -> None:
 
 @given(st.integers(1, 500), st.integers(0, 40), st.integers(5000, 40000))
 def test_parts_join_to_the_whole_and_fit(rows: int, width: int, limit: int) -> None:
-    arrays = {"a": np.arange(rows * width, dtype=np.float32).reshape(rows, width), "b": np.arange(rows)}
+    arrays: dict[str, Any] = {"a": np.arange(rows * width, dtype=np.float32).reshape(rows, width), "b": np.arange(rows)}
     pieces = list(parts(arrays, limit))
     for name, array in arrays.items():
         np.testing.assert_array_equal(np.concatenate([piece[name] for piece in pieces]), array)
