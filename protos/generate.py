@@ -38,9 +38,7 @@ def generate(target: Path) -> list[Path]:
     """Writes the stubs of every proto below ``protos/`` under ``target`` and returns their paths."""
     python = generator_python()
     protos = sorted((ROOT / "protos").rglob("*.proto"))
-    plugins = [
-        f"--plugin=protoc-gen-{name}={python.parent / f'protoc-gen-{name}'}" for name in ("mypy", "mypy_grpc")
-    ]
+    plugins = [f"--plugin=protoc-gen-{name}={python.parent / f'protoc-gen-{name}'}" for name in ("mypy", "mypy_grpc")]
     command = [
         str(python),
         "-m",
@@ -68,7 +66,7 @@ def main() -> int:
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as scratch:
         fresh = generate(Path(scratch))
-        stale = []
+        stale: list[Path] = []
         for path in fresh:
             relative = path.relative_to(scratch)
             committed = TARGETS[relative.parts[0]] / relative
