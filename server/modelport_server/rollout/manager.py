@@ -388,7 +388,8 @@ class RolloutManager:
                 raise FileNotFoundError(2, "it is not there")
             names = self._options.models or tuple(self._registry.models())
             view = {name: self._view(name) for name in names}
-            if self._models and not any(model.versions for model in view.values()):
+            had_versions = any(not rollout.empty for rollout in self._models.values())
+            if had_versions and not any(model.versions for model in view.values()):
                 raise FileNotFoundError(2, "everything is gone from it")  # as when it is unmounted
         except (OSError, ModelportError) as error:
             if str(error) != self._unreadable:
