@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
@@ -148,7 +149,7 @@ def install_as_the_image_does(place: Path, python: str) -> Path:
         shutil.copyfile(ROOT / name, source / name)
     venv = place / "venv"
     must_run(python, "-m", "venv", "--without-pip", venv)
-    must_run(shutil.which("python3") or python, "-m", "pip", "--python", venv / "bin" / "python", "install", "pip")
+    must_run(sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "pip")
     (step,) = (text for name, text in instructions() if name == "RUN" and "pip install" in text)
     must_run("sh", "-ec", step, cwd=source, env={"PATH": f"{venv / 'bin'}:{os.environ['PATH']}"})
     shutil.rmtree(source)
