@@ -38,7 +38,8 @@ def modelport(*arguments: str | Path) -> str:
 
 def read_idx(path: Path, header: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Reads a file of bytes, not with our own reader."""
-    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).reshape(shape)
+    data: NDArray[np.uint8] = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+    return data.reshape(shape)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_served_answers_are_tensorflows(tmp_path: Path, mnist_dir: Path, epochs:
         assert server.stop() == 0
     served: dict[str, NDArray[Any]] = dict(np.load(tmp_path / "served.npz"))
     expected = tensorflow_answers(tmp_path, registry / "mnist" / "1", read_idx(mnist_dir / IMAGES, 16, (-1, 28, 28)))
-    labels = read_idx(mnist_dir / LABELS, 8, (-1,))
+    labels: NDArray[np.uint8] = read_idx(mnist_dir / LABELS, 8, (-1,))
     np.testing.assert_array_equal(served["classes"], expected["classes"])
     np.testing.assert_allclose(served["probabilities"], expected["probabilities"], rtol=0, atol=1e-5)
     accuracy = float(np.mean(served["classes"] == labels))
