@@ -36,6 +36,12 @@ def modelport(*arguments: str | Path) -> str:
     return done.stdout
 
 
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Reads every array of a file."""
+    stored: Any = np.load(path)
+    return dict(stored)
+
+
 def read_idx(path: Path, header: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Reads a file of bytes, not with our own reader."""
     data: NDArray[np.uint8] = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
@@ -57,7 +63,7 @@ def test_served_answers_are_tensorflows(tmp_path: Path, mnist_dir: Path, epochs:
         modelport("predict", "mnist", mnist_dir / IMAGES, "--server", server.address, "-o", tmp_path / "served.npz")
         said = json.loads(modelport("evaluate", "mnist", "--server", server.address, "--data-dir", mnist_dir, "--json"))
         assert server.stop() == 0
-    served: dict[str, NDArray[Any]] = dict(np.load(tmp_path / "served.npz"))
+    served = read_npz(tmp_path / "served.npz")
     expected = tensorflow_answers(tmp_path, registry / "mnist" / "1", read_idx(mnist_dir / IMAGES, 16, (-1, 28, 28)))
     labels: NDArray[np.uint8] = read_idx(mnist_dir / LABELS, 8, (-1,))
     np.testing.assert_array_equal(served["classes"], expected["classes"])
@@ -74,4 +80,4 @@ def tensorflow_answers(folder: Path, model: Path, images: NDArray[np.uint8]) -> 
     files = [str(model), str(folder / "images.npy"), str(folder / "expected.npz")]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([sys.executable, "-c", IN_PROCESS, *files], env=environment, check=True, capture_output=True)
-    return dict(np.load(folder / "expected.npz"))
+    return read_npz(folder / "expected.npz")
