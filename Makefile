@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest --quiet
 # pyright comes whole from the package index; this keeps it from asking npm for a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup lint types stubs test test-all demo bench protos lock image format clean
+.PHONY: help setup lint types stubs test test-all demo bench protos lock image format cli-docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench: $(INSTALLED) ## measure the server on this machine
 
 protos: $(INSTALLED) ## write the stubs of protos/ anew
 	@$(BIN)/python protos/generate.py
+
+cli-docs: $(INSTALLED) ## write the reference of the command line anew
+	@$(BIN)/python docs/make_cli.py
 
 format: $(INSTALLED) ## format the code
 	@$(RUFF) check --quiet --fix-only .

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from docs.make_cli import reference
 from modelport._cli_root import make_app
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -78,7 +79,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
 def test_commands_exist(document: Path, options: dict[str, set[str]]) -> None:
     for name, *arguments in commands(document.read_text()):
-        if name.startswith("-"):
+        if name.startswith(("-", "[")):  # an option of the root, or the usage line of the reference
             continue
         assert name in options, f"modelport {name}"
         used = {argument.partition("=")[0] for argument in arguments if re.match(r"--?[a-zA-Z]", argument)}
@@ -104,6 +105,10 @@ def test_the_examples_of_help_use_options_that_exist(options: dict[str, set[str]
             assert used <= options[name], f"modelport {name} {arguments}"
             seen += 1
     assert seen >= len(options)
+
+
+def test_the_reference_of_the_command_line_is_fresh() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == reference(), "run make cli-docs"
 
 
 def test_what_is_missing_is_found() -> None:
