@@ -28,6 +28,7 @@ from modelport_server.rollout.policy import (
 from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
 from modelport_server.routing import Router
 from modelport_server.servable import Servable
+from modelport_server.signatures import is_batchable
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ _log = logging.getLogger(__name__)
 class ModelView:
     """What the registry holds of one model."""
 
-    versions: tuple[int, ...]
+    versions: Mapping[int, Manifest | None]
+    """Every version with its manifest; None for one that can't be read."""
     aliases: Mapping[str, int]
 
 
@@ -108,8 +110,8 @@ class ModelRollout:
         """Takes in what the registry holds now."""
         self._aliases = dict(view.aliases)
         self._route.aliases = self._aliases
-        for number in view.versions:
-            self._versions.setdefault(number, Tracked(number))
+        for number, manifest in view.versions.items():
+            self._versions.setdefault(number, Tracked(number, manifest=manifest))
         for number, tracked in list(self._versions.items()):
             tracked.in_registry = number in view.versions
             if not tracked.in_registry and tracked.state in (State.DISCOVERED, State.RETIRED, State.REJECTED):
@@ -195,8 +197,9 @@ class ModelRollout:
     async def _new_servable(self, tracked: Tracked) -> Servable:
         number = tracked.version
         await asyncio.to_thread(tracked.hold.enter_context, self._registry.lease(self._name, number))
-        manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
-        tracked.manifest = manifest
+        manifest = tracked.manifest
+        if manifest is None:
+            manifest = tracked.manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
         limits = self._options.batch
         return Servable(
             LoadOrder(self._options.registry, self._name, number, limits.max_batch_size),
@@ -327,9 +330,12 @@ def _version_snapshot(tracked: Tracked, now: float) -> VersionSnapshot:
 def _version_status(tracked: Tracked) -> VersionStatus:
     servable, manifest = tracked.servable, tracked.manifest
     signatures: tuple[SignatureStatus, ...] = ()
-    if servable is not None:
+    if servable is not None and servable.signatures:
         served = [servable.signatures[name] for name in sorted(servable.signatures)]
         signatures = tuple(SignatureStatus(signature.spec, signature.batched) for signature in served)
+    elif manifest is not None:
+        specs = [manifest.signatures[name] for name in sorted(manifest.signatures)]
+        signatures = tuple(SignatureStatus(spec, is_batchable(spec)) for spec in specs)
     return VersionStatus(
         version=tracked.version,
         state=tracked.state,
@@ -359,7 +365,8 @@ class RolloutManager:
         self._models: dict[str, ModelRollout] = {}
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
         self._wake = asyncio.Event()
-        self._unreadable = ""
+        self._unreadable: dict[str, str] = {}
+        self._manifests: dict[tuple[str, int], Manifest | None] = {}
 
     async def run(self) -> None:
         """Works until it is cancelled."""
@@ -381,36 +388,59 @@ class RolloutManager:
             for rollout in self._models.values():
                 rollout.advance()
 
-    def _look(self) -> dict[str, ModelView] | None:
-        """Reads the registry; None if it can't be read, in which case nothing changes."""
+    def _look(self) -> dict[str, ModelView | None] | None:
+        """Reads the registry; None if it can't be read, or for a model that can't: then nothing changes."""
         try:
             if not self._options.registry.is_dir():
                 raise FileNotFoundError(2, "it is not there")
             names = self._options.models or tuple(self._registry.models())
-            view = {name: self._view(name) for name in names}
+            view = {name: self._view_or_none(name) for name in names}
             had_versions = any(not rollout.empty for rollout in self._models.values())
-            if had_versions and not any(model.versions for model in view.values()):
+            if had_versions and not any(model is None or model.versions for model in view.values()):
                 raise FileNotFoundError(2, "everything is gone from it")  # as when it is unmounted
         except (OSError, ModelportError) as error:
-            if str(error) != self._unreadable:
-                _log.warning("the registry can't be read, what is loaded serves on: %s", error)
-            self._unreadable = str(error)
+            self._warn_once("the registry", error)
             return None
-        self._unreadable = ""
+        self._unreadable.pop("the registry", None)
         return view
+
+    def _view_or_none(self, name: str) -> ModelView | None:
+        try:
+            view = self._view(name)
+        except (OSError, ModelportError) as error:
+            self._warn_once(name, error)
+            return None
+        self._unreadable.pop(name, None)
+        return view
+
+    def _warn_once(self, what: str, error: Exception) -> None:
+        if self._unreadable.get(what) != str(error):
+            _log.warning("%s can't be read, what is loaded serves on: %s", what, error)
+        self._unreadable[what] = str(error)
 
     def _view(self, name: str) -> ModelView:
         if not self._registry.exists(name):
-            return ModelView((), {})
-        return ModelView(tuple(self._registry.versions(name)), self._registry.state(name).aliases)
+            return ModelView({}, {})
+        versions = {number: self._manifest(name, number) for number in self._registry.versions(name)}
+        return ModelView(versions, self._registry.state(name).aliases)
 
-    def _observe(self, view: Mapping[str, ModelView]) -> None:
+    def _manifest(self, name: str, number: int) -> Manifest | None:
+        """Returns a version's manifest, which never changes, so that it is read once."""
+        if (name, number) not in self._manifests:
+            try:
+                self._manifests[name, number] = self._registry.manifest(name, number)
+            except (OSError, ModelportError):
+                self._manifests[name, number] = None  # loading it says what is wrong with it
+        return self._manifests[name, number]
+
+    def _observe(self, view: Mapping[str, ModelView | None]) -> None:
         for name in view.keys() - self._models.keys():
             self._models[name] = ModelRollout(
                 name, self._options, self._router, self._board, self._loads, self._wake.set
             )
         for name, rollout in list(self._models.items()):
-            rollout.observe(view.get(name, ModelView((), {})))
+            if (seen := view.get(name, ModelView({}, {}))) is not None:
+                rollout.observe(seen)
             if name not in view and rollout.empty:
                 del self._models[name]
                 self._router.remove(name)
