@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from modelport_registry import Golden, Published, Registry
+from tests.support.zoo import Zoo, run_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,3 +53,10 @@ def versioned_golden(tag: int) -> Golden:
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     outputs: dict[str, NDArray[Any]] = {"y": x * 2, "version": np.full(2, tag, np.int64)}
     return Golden(signature="serving_default", inputs={"x": x}, outputs=outputs)
+
+
+@pytest.fixture(scope="session")
+def zoo(saved_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Zoo]:
+    """A server of one model of every odd kind, shared by all tests that leave it as it is."""
+    with run_zoo(tmp_path_factory.mktemp("zoo"), saved_models, versioned_golden(1)) as served:
+        yield served

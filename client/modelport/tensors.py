@@ -28,6 +28,8 @@ MAX_RANK = 32
 """The most dimensions that a tensor may have: what every supported numpy can represent."""
 
 _OFFSET = np.dtype("<u4")
+_MOST_ELEMENTS = 2**59
+"""Of 16 bytes at most, as many as numpy can count, dimensions of 0 left out."""
 
 
 class TensorError(ValueError):
@@ -117,6 +119,8 @@ def check_size(dtype: DType, shape: Sequence[int], byte_count: int) -> int:
         TensorError: if the shape is not legal, or does not match the number of bytes.
     """
     count = element_count(shape)
+    if not count and math.prod(size or 1 for size in shape) > _MOST_ELEMENTS:
+        raise TensorError(f"has no element and the shape {_shape_text(shape)}, which is larger than any array")
     if dtype.storage is not None:
         if byte_count != count * dtype.itemsize:
             raise TensorError(

@@ -34,6 +34,7 @@ def serve(
     max_message_mib: Annotated[int, typer.Option(help="The largest message, in MiB.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
     load_timeout: Annotated[float, typer.Option(help="Seconds that a version may take to load.")] = 300.0,
+    run_timeout: Annotated[float, typer.Option(help="Seconds that a batch may run; then its engine hangs.")] = 60.0,
     poll_interval: Annotated[float, typer.Option(help="Seconds between two looks at the registry.")] = 0.25,
     pinned_stream_limit: Annotated[
         float, typer.Option(help="Seconds that streams may stay on a version that has been replaced.")
@@ -71,7 +72,7 @@ def serve(
         grace_s=grace,
         lame_duck_s=lame_duck,
         batch=options.BatchLimits(max_batch_size=max_batch_size, max_enqueued_rows=max_enqueued_rows),
-        engine=options.EngineLimits(threads=threads, load_timeout_s=load_timeout),
+        engine=options.EngineLimits(threads=threads, load_timeout_s=load_timeout, run_timeout_s=run_timeout),
         rollout=options.RolloutOptions(poll_interval_s=poll_interval, pinned_stream_limit_s=pinned_stream_limit),
         rpc=options.RpcOptions(max_message_bytes=max_message_mib * _MIB, reuse_port=reuse_port),
     )

@@ -10,6 +10,7 @@ from modelport.exceptions import ModelportError
 from modelport.names import is_valid_name, shown
 
 MIB = 1 << 20
+_DAY_S = 86_400.0
 
 
 class OptionError(ModelportError):
@@ -55,8 +56,8 @@ class EngineLimits:
     """How many versions load at the same time, over all models. Default 2."""
 
     def __post_init__(self) -> None:
-        _require(self.load_timeout_s > 0, "load_timeout_s must be above 0")
-        _require(self.run_timeout_s > 0, "run_timeout_s must be above 0")
+        _require(0 < self.load_timeout_s <= _DAY_S, "load_timeout_s must be above 0 and at most a day")
+        _require(0 < self.run_timeout_s <= _DAY_S, "run_timeout_s must be above 0 and at most a day")
         _require(self.max_memory_bytes >= 0, "max_memory_bytes must not be negative")
         _require(self.threads >= 0, "threads must not be negative")
         _require(self.max_concurrent_loads >= 1, "max_concurrent_loads must be at least 1")
@@ -109,7 +110,12 @@ class RpcOptions:
 
     def __post_init__(self) -> None:
         _require(1024 <= self.max_message_bytes < 2**31, "max_message_bytes must be in 1024 .. 2^31 - 1")
-        for name in ("max_concurrent_calls", "max_streams_per_connection", "stream_window_messages"):
+        for name in (
+            "max_concurrent_calls",
+            "max_streams_per_connection",
+            "stream_window_messages",
+            "stream_window_bytes",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
 
 
@@ -139,5 +145,5 @@ class ServerOptions:
     def __post_init__(self) -> None:
         for model in self.models:
             _require(is_valid_name(model), f"{shown(model)} is not a model name: use [a-z0-9][a-z0-9_-]{{0,63}}")
-        _require(self.grace_s >= 0, "grace_s must not be negative")
+        _require(0 <= self.grace_s <= _DAY_S, "grace_s must be in 0 .. a day")
         _require(0 <= self.lame_duck_s <= 60, "lame_duck_s must be in 0 .. 60")

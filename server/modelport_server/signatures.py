@@ -11,6 +11,9 @@ from modelport_server.batching.calls import Key
 from modelport_server.errors import InvalidCallError
 from modelport_server.tensors import RawTensor
 
+MAX_EMPTY_ROWS = 1 << 16
+"""The most rows of a call that has no data at all: such rows cost a caller nothing, but must be run."""
+
 
 def is_batchable(spec: SignatureSpec) -> bool:
     """Returns whether rows of several calls may run together.
@@ -74,7 +77,7 @@ def common_rows(spec: SignatureSpec, inputs: Sequence[RawTensor]) -> int:
     """Returns how many rows the inputs of a batched signature have.
 
     Raises:
-        InvalidCallError: if they disagree.
+        InvalidCallError: if they disagree, or are many and hold nothing.
     """
     rows = inputs[0].shape[0]
     for tensor in inputs:
@@ -83,6 +86,8 @@ def common_rows(spec: SignatureSpec, inputs: Sequence[RawTensor]) -> int:
                 f"inputs {inputs[0].name!r} and {tensor.name!r} disagree on the number of rows: "
                 f"{rows} and {tensor.shape[0]}"
             )
+    if rows > MAX_EMPTY_ROWS and not any(tensor.elements for tensor in inputs):
+        raise InvalidCallError(f"{rows} rows without any element were sent; at most {MAX_EMPTY_ROWS} may be empty")
     return rows
 
 

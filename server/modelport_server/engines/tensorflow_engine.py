@@ -13,6 +13,8 @@ from typing import Any
 from modelport_server.engines.protocol import Array, EngineError
 
 _MESSAGE_CHARACTERS = 400
+_PREAMBLE = re.compile(r"Graph execution error:|Detected at node |<stack traces|Stack trace|\s")
+"""What TensorFlow puts before the error itself: where it happened, with indented stack frames."""
 _GRAPH_NODE = re.compile(r"\{\{.*?\}\}\s*")
 _PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
 
@@ -102,7 +104,8 @@ def _to_array(tensor: Any) -> Array:
 
 
 def public_text(error: Exception) -> str:
-    """Returns the first line of an error's text without graph nodes and paths, cut to a bounded length."""
+    """Returns what an error says in one line, without graph nodes, stack frames and paths, cut to a bounded length."""
     text = str(getattr(error, "message", None) or error).strip() or type(error).__name__
-    line = _PATH.sub("...", _GRAPH_NODE.sub("", text.splitlines()[0]))
-    return line[:_MESSAGE_CHARACTERS]
+    lines = text.splitlines()
+    line = next((line for line in lines if line.strip() and not _PREAMBLE.match(line)), lines[0])
+    return _PATH.sub("...", _GRAPH_NODE.sub("", line)).strip()[:_MESSAGE_CHARACTERS]
