@@ -43,7 +43,7 @@ def samples(split: Split, class_names: Sequence[str]) -> bytes:
         len(shown),
         _SAMPLES_PER_CLASS,
         squeeze=False,
-        gridspec_kw={"wspace": 0.08, "hspace": 0.08, "left": 0.17, "right": 0.99, "top": 0.99, "bottom": 0.01},
+        gridspec_kw={"wspace": 0.18, "hspace": 0.18, "left": 0.17, "right": 0.99, "top": 0.99, "bottom": 0.01},
     )
     for number, row in zip(shown, grid, strict=True):
         found = np.flatnonzero(split.labels == number)[:_SAMPLES_PER_CLASS]
@@ -61,7 +61,7 @@ def samples(split: Split, class_names: Sequence[str]) -> bytes:
             fontsize=10,
             color=_INK,
         )
-    return _png(figure)
+    return _png(figure, tight=True)
 
 
 def curves(result: TrainingResult) -> bytes:
@@ -76,9 +76,17 @@ def curves(result: TrainingResult) -> bytes:
         axes.axvline(result.best_epoch, color=_GREEN, linewidth=1, linestyle=":")
     best = history[result.best_epoch - 1]
     left.plot(best.epoch, best.val_loss, "o", color=_GREEN, label=f"kept: epoch {best.epoch}", zorder=5)
-    right.plot(best.epoch, best.val_accuracy, "o", color=_GREEN, label=f"kept: epoch {best.epoch}", zorder=5)
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    right.plot(best.epoch, best.val_accuracy, "o", color=_GREEN, zorder=5)
+    left.legend(
+        *left.get_legend_handles_labels(),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.1),
+        borderaxespad=0,
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+    )
     return _png(figure, tight=True)
 
 

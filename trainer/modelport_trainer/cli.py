@@ -61,6 +61,13 @@ def train(
         float | None,
         typer.Option(help="Step size.", show_default="0.001, sgd 0.01", rich_help_panel="Training"),
     ] = None,
+    decay: Annotated[
+        float,
+        typer.Option(
+            help="Factor on the step size after an epoch without a better validation loss; 1 keeps it.",
+            rich_help_panel="Training",
+        ),
+    ] = 0.5,
     epochs: Annotated[int, typer.Option(help="The most passes over the data.", rich_help_panel="Training")] = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel="Training")] = 64,
     validation_split: Annotated[
@@ -72,7 +79,7 @@ def train(
             help="Stop after so many epochs without a better validation loss; 0: never.",
             rich_help_panel="Training",
         ),
-    ] = 3,
+    ] = 5,
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same result.", rich_help_panel="Training")] = 1,
     run_dir: Annotated[
         Path | None,
@@ -120,6 +127,7 @@ def train(
             loss=loss,
             optimizer=optimizer,
             learning_rate=learning_rate,
+            decay=decay,
             epochs=epochs,
             batch_size=batch_size,
             validation_split=validation_split,

@@ -43,13 +43,15 @@ class TrainingOptions:
     """The optimiser."""
     learning_rate: float | None = None
     """Step size; None is the optimiser's usual one: 0.001, for sgd 0.01."""
+    decay: float = 0.5
+    """Factor on the step size after each epoch without a better validation loss, above 0 to 1; 1 keeps it."""
     epochs: int = 10
     """The most passes over the training images."""
     batch_size: int = 64
     """Images per step."""
     validation_split: float = 0.2
     """Share of the training images held back to judge epochs by, above 0 to below 1."""
-    patience: int = 3
+    patience: int = 5
     """Epochs without a better validation loss after which training stops; 0 never stops early."""
     seed: int = 1
     """Decides initial weights, shuffling, dropout and the validation images; 0 to 2**32 - 1."""
@@ -61,6 +63,8 @@ class TrainingOptions:
             raise OptionError(f"optimizer: {self.optimizer!r} is none of {', '.join(_LEARNING_RATES)}")
         if self.learning_rate is not None:
             check_positive("learning_rate", self.learning_rate)
+        if not 0 < self.decay <= 1:
+            raise OptionError(f"decay: {self.decay} is not above 0 to 1")
         check_count("epochs", self.epochs, highest=100_000)
         check_count("batch_size", self.batch_size, highest=1_000_000)
         check_share("validation_split", self.validation_split)
@@ -69,7 +73,7 @@ class TrainingOptions:
 
     @property
     def step_size(self) -> float:
-        """The learning rate that is used."""
+        """The learning rate of the first epoch."""
         return self.learning_rate if self.learning_rate is not None else _LEARNING_RATES[self.optimizer]
 
 
@@ -84,6 +88,8 @@ class EpochResult:
     """Share of right answers on training images, measured with dropout on."""
     val_loss: float
     val_accuracy: float
+    learning_rate: float
+    """The step size that the epoch was trained with."""
     duration_s: float
 
 
@@ -140,6 +146,15 @@ def is_over(history: Sequence[EpochResult], options: TrainingOptions) -> bool:
     return len(history) >= options.epochs or _out_of_patience(history, options)
 
 
+def step_size_after(history: Sequence[EpochResult], options: TrainingOptions) -> float:
+    """Returns the next epoch's step size: ``decay`` smaller for each past epoch that was no new best.
+
+    It follows from the history alone, so that a resumed run takes the steps of one that was not interrupted.
+    """
+    misses = sum(best_of(history[: number + 1]) is not result for number, result in enumerate(history))
+    return options.step_size * options.decay**misses
+
+
 def best_of(history: Sequence[EpochResult]) -> EpochResult:
     """Returns the epoch of the lowest validation loss; the earliest of equals."""
     return min(history, key=lambda result: (result.val_loss, result.epoch))
@@ -164,6 +179,7 @@ def train(
     kept, held_back = split_validation(len(data), options)
     training, validation = data.take(kept), data.take(held_back)
     while not is_over(history, options):
+        model.optimizer.learning_rate = step_size_after(history, options)
         result = _run_epoch(model, training, validation, options, len(history) + 1, listener)
         if not math.isfinite(result.loss) or not math.isfinite(result.val_loss):
             raise TrainingError(
@@ -237,6 +253,7 @@ def _run_epoch(
         accuracy=float(fitted["accuracy"][-1]),
         val_loss=float(judged["loss"]),
         val_accuracy=float(judged["accuracy"]),
+        learning_rate=float(model.optimizer.learning_rate),
         duration_s=round(time.monotonic() - began, 3),
     )
 
