@@ -146,6 +146,10 @@ class Servable:
             except RejectedError as error:
                 self._give_up(error.gate, str(error))
                 return
+            except Exception:  # else the queue would wait for ever for an engine that nobody starts
+                _log.exception("%s@%d: the engine can't be started again", self.model, self.version)
+                self._give_up("load", "its engine can't be started again")
+                return
             self._batcher.resume()
 
     def _give_up(self, gate: str, reason: str) -> None:

@@ -51,6 +51,10 @@ INPUTS: dict[tuple[str, str], Arrays] = {
 }
 """Inputs by model and signature: they are published as golden examples, and called with."""
 
+_ODD_BITS = [0x7FC00000, 0x7F800000, 0xFF800000, 0x80000000, 0x00000001, 0x7F800001]
+ODD_NUMBERS = np.repeat(np.array([_ODD_BITS], np.uint32).T, 4, axis=1).view(np.float32)
+"""NaN, infinities, -0, the smallest denormal and a signalling NaN, for ``canary``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Zoo:
@@ -59,7 +63,7 @@ class Zoo:
     server: ServerProcess
     process: psutil.Process
     expected: dict[tuple[str, str], dict[str, NDArray[Any]]]
-    """What TensorFlow answers to ``INPUTS``."""
+    """What TensorFlow answers to ``INPUTS``, and to ``ODD_NUMBERS`` under ``canary`` and ``odd``."""
     saved_models: Path
     registry: Registry
 
@@ -70,6 +74,7 @@ def publish_zoo(root: Path, saved_models: Path, scratch: Path) -> dict[tuple[str
         f"{model}.{signature}": Case(saved_models / "zoo" / model, inputs, signature)
         for (model, signature), inputs in INPUTS.items()
     }
+    cases["canary.odd"] = Case(saved_models / "versioned-1", {"x": ODD_NUMBERS})
     outputs = by_tensorflow(scratch, cases)
     expected = {(model, signature): outputs[f"{model}.{signature}"] for model, signature in INPUTS}
     for model in sorted({model for model, _ in INPUTS}):
@@ -79,7 +84,7 @@ def publish_zoo(root: Path, saved_models: Path, scratch: Path) -> dict[tuple[str
             if name == model
         ]
         Registry(root).publish(model, saved_models / "zoo" / model, golden=golden)
-    return expected
+    return {**expected, ("canary", "odd"): outputs["canary.odd"]}
 
 
 def _served(server: ServerProcess) -> set[str]:

@@ -181,6 +181,10 @@ class ModelRollout:
         except (ModelportError, OSError) as error:
             await self._reject(tracked, "integrity", str(error))
             return
+        except Exception:  # else the version would be on its way for ever
+            _log.exception("%s@%d: loading failed", self._name, number)
+            await self._reject(tracked, "load", "the server failed to load it; its log says more")
+            return
         except BaseException:
             tracked.hold.close()
             raise
@@ -233,8 +237,11 @@ class ModelRollout:
 
     async def _lose(self, tracked: Tracked, gate: str, reason: str) -> None:
         """Takes a version that was available out of traffic, because its engine keeps failing."""
+        servable = tracked.servable
+        if servable is None:
+            return  # retired meanwhile
         self._take_out(tracked)
-        await _servable(tracked).stop()
+        await servable.stop()
         tracked.servable = None
         await self._reject(tracked, gate, reason)
 
