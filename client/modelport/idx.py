@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_EXPANSION = 1100
+"""What deflate gains at most, rounded up: a longer promise is none that memory should be set aside for."""
 _SKIP_BYTES = 1 << 20
 
 
@@ -52,8 +54,7 @@ def read_header(path: str | Path) -> IdxHeader:
     try:
         with _opened(path) as file:
             header = _header(file, path)
-        if not is_gzip(path):
-            _check_length(path, header)
+        _check_length(path, header)
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
     return header
@@ -100,6 +101,8 @@ def idx_chunks(path: str | Path, rows: int, *, start: int = 0, stop: int | None 
                     )
                 flat: Array = np.frombuffer(data, header.dtype)
                 yield flat.reshape(count, *header.shape[1:]).astype(header.dtype.newbyteorder("="), copy=False)
+            if stop == header.shape[0] and file.read(1):  # reading on also has gzip compare its checksum
+                raise InputError(f"{path}: the file goes on after its last row")
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
 
@@ -139,7 +142,10 @@ def _header(file: IO[bytes], path: Path) -> IdxHeader:
 def _check_length(path: Path, header: IdxHeader) -> None:
     wanted = header.byte_count + header.shape[0] * header.row_bytes
     found = path.stat().st_size
-    if found != wanted:
+    if is_gzip(path):
+        if wanted > found * _GZIP_EXPANSION:
+            raise InputError(f"{path}: the header promises {wanted:,} bytes, more than {found:,} gzip'd ones can hold")
+    elif found != wanted:
         raise InputError(f"{path}: the header promises {wanted:,} bytes and the file has {found:,}")
 
 

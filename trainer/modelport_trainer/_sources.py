@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelport import idx
+from modelport.exceptions import InputError
 from modelport_trainer import _libraries
-from modelport_trainer._idx import read_idx
 from modelport_trainer.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -143,11 +144,22 @@ def _idx_folder(source: DataSource, folder: Path) -> RawData:
         raise DataError(f"{folder}: no such folder")
     return RawData(
         source=source,
-        x_train=read_idx(_idx_file(folder, "train-images-idx3-ubyte"), rank=3),
-        y_train=read_idx(_idx_file(folder, "train-labels-idx1-ubyte"), rank=1),
-        x_test=read_idx(_idx_file(folder, "t10k-images-idx3-ubyte"), rank=3),
-        y_test=read_idx(_idx_file(folder, "t10k-labels-idx1-ubyte"), rank=1),
+        x_train=_read_idx(folder, "train-images-idx3-ubyte", rank=3),
+        y_train=_read_idx(folder, "train-labels-idx1-ubyte", rank=1),
+        x_test=_read_idx(folder, "t10k-images-idx3-ubyte", rank=3),
+        y_test=_read_idx(folder, "t10k-labels-idx1-ubyte", rank=1),
     )
+
+
+def _read_idx(folder: Path, name: str, *, rank: int) -> NDArray[Any]:
+    path = _idx_file(folder, name)
+    try:
+        found = len(idx.read_header(path).shape)
+        if found != rank:
+            raise DataError(f"{path}: has {found} dimensions; {name} needs {rank}")
+        return idx.read_idx(path)
+    except InputError as error:
+        raise DataError(str(error)) from None
 
 
 def _idx_file(folder: Path, name: str) -> Path:
