@@ -61,12 +61,12 @@ class _End:
         """Whether the same call may well succeed a little later."""
         if self.code is _Code.RESOURCE_EXHAUSTED:
             return "larger than max" not in self.details
-        return self.is_lost_connection or self.code is _Code.INTERNAL
+        return self.is_lost_connection or self.code in (_Code.INTERNAL, _Code.DEADLINE_EXCEEDED)
 
     @property
     def is_refused(self) -> bool:
         """Whether there was no connection at all."""
-        return self.code is _Code.UNAVAILABLE and "connect" in self.details.lower()
+        return _status.is_unreachable(self.code, self.details)
 
 
 class BulkCall:
@@ -108,6 +108,7 @@ class BulkCall:
         self._failure: BaseException | None = None
         self._losses = 0  # connections in a row that brought no answer
         self._lost_at = 0.0
+        self._patience = asyncio.timeout(None)  # of the connection at hand
         self._to_send = asyncio.Event()
         self._to_take = asyncio.Event()
         self._room = asyncio.Event()
@@ -200,13 +201,18 @@ class BulkCall:
 
     async def _connection(self) -> _End:
         self._conversation.begin_connection()
+        self._patience = asyncio.timeout(None)
         call = self._open_call()
         writer = asyncio.create_task(self._write(call))
         try:
-            await self._read(call)
-            if self._conversation.ending is Ending.PIN_REFUSED:
-                return _End(_Code.OK, "")
-            return await _end_of(call)
+            async with self._patience:
+                await self._read(call)
+                if self._conversation.ending is Ending.PIN_REFUSED:
+                    return _End(_Code.OK, "")
+                return await _end_of(call)
+        except TimeoutError:
+            text = f"no answer came for {self._options.answer_timeout_s:g} s"
+            return _End(_Code.DEADLINE_EXCEEDED, text)
         finally:
             call.cancel()
             writer.cancel()
@@ -216,6 +222,7 @@ class BulkCall:
         try:
             async for message in call:
                 self._conversation.receive(message, time.monotonic())
+                self._be_patient()
                 self._to_take.set()
                 self._to_send.set()
                 if self._conversation.ending is Ending.PIN_REFUSED:
@@ -232,10 +239,17 @@ class BulkCall:
                 if message is None:
                     await self._wait_to_send(now)
                 else:
+                    if self._patience.when() is None:
+                        self._be_patient()
                     await call.write(message)
             await call.done_writing()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             pass  # the stream has ended, which the reader sees too
+
+    def _be_patient(self) -> None:
+        """Gives the next answer its time, from now; nobody waits where nothing was sent."""
+        until = asyncio.get_running_loop().time() + self._options.answer_timeout_s
+        self._patience.reschedule(until if self._conversation.is_waiting else None)
 
     def _is_finished(self) -> bool:
         if self._conversation.ending is not Ending.NONE:

@@ -48,6 +48,8 @@ def channel_arguments(options: ClientOptions, *, several: bool) -> list[tuple[st
         ("grpc.enable_retries", 1),
         ("grpc.keepalive_time_ms", round(options.keepalive.time_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(options.keepalive.timeout_s * 1000)),
+        # A ping that nobody answers runs into this one, 60 s by default, whatever the keepalive's says.
+        ("grpc.http2.ping_timeout_ms", round(options.keepalive.timeout_s * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 50),
         # The time that one attempt to connect has, and not a least wait between two.

@@ -92,6 +92,11 @@ class Conversation:
         return self._answers > 0
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether anything that was sent on the connection at hand has no answer."""
+        return bool(self._sent)
+
+    @property
     def taken(self) -> int:
         """How many results were taken."""
         return self._taken

@@ -139,9 +139,12 @@ class StreamOptions:
     """A batch that fails gets its error as its result, and the stream goes on. Default: it raises."""
     resume_timeout_s: float = 30.0
     """How long a broken stream may take until the next answer, in seconds. Default 30."""
+    answer_timeout_s: float = 30.0
+    """How long a stream may go without an answer to what was sent before it counts as broken, in seconds."""
     one_version: bool = False
     """No other version may go on where the first one ends. Default: a later one may, unless asked by number."""
 
     def __post_init__(self) -> None:
         require(1 <= self.window <= 1024, f"window must be 1 to 1024, not {self.window}")
         require(self.resume_timeout_s >= 0, "resume_timeout_s must not be negative")
+        require(self.answer_timeout_s > 0, "timeout_s must be above 0")

@@ -80,9 +80,15 @@ def _unavailable(details: str, server: str) -> str:
         return f"the server at {server} gave no sign of life; it hangs, or the network is down"
     if "DNS" in details or "Name or service not known" in details or "Domain name not found" in details:
         return f"no address is known for {server}: {details}"
-    if "Failed to connect" in details or "failed to connect" in details:
+    if is_unreachable(code=_Code.UNAVAILABLE, details=details):
         return f"no server answers at {server}: {details}"
     return details or f"{server} is unavailable"
+
+
+def is_unreachable(code: grpc.StatusCode, details: str) -> bool:
+    """Returns whether a status says that no connection could be made at all."""
+    said = ("failed to connect", "connection attempt", "all backends failing", "dns resolution")
+    return code is _Code.UNAVAILABLE and any(text in details.lower() for text in said)
 
 
 def pushback_s(metadata: Metadata | None) -> float | None:

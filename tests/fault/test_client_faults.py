@@ -89,8 +89,6 @@ async def test_every_batch_is_answered_once_in_order_whatever_the_server_does(se
         results = await collected(client.predict_stream("m", batches(400), window=chance.randint(1, 12)))
         check(results, 400)
         await asyncio.gather(*restarts)
-    versions = [result.prediction.version for result in results]
-    assert versions == sorted(versions)
     assert all(set(r.prediction["version"].tolist()) == {r.prediction.version} for r in results)
 
 

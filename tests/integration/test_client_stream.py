@@ -500,3 +500,43 @@ async def test_many_threads_share_one_client() -> None:
 
     async with FakeServer(run=doubled) as server:
         await in_thread(work, server.address)
+
+
+async def test_a_server_that_falls_silent_counts_as_broken() -> None:
+    async def hang_once(request: Request) -> None:
+        if request.sequence == 10 and server.streams == 1:
+            await asyncio.Event().wait()
+
+    async with FakeServer(on_request=hang_once) as server, AsyncClient(server.address, retry=QUICK) as client:
+        check(await collected(client.predict_stream("m", batches(30), timeout_s=0.2)), 30)
+    assert server.streams == 2
+
+
+async def test_a_server_that_stays_silent_interrupts_the_stream() -> None:
+    async def hang(request: Request) -> None:
+        if request.sequence == 10:
+            await asyncio.Event().wait()
+
+    async with FakeServer(on_request=hang) as server, AsyncClient(server.address, retry=QUICK) as client:
+        stream = client.predict_stream("m", batches(30), timeout_s=0.2, resume_timeout_s=0.3)
+        results, error = await until_error(stream)
+    check(results, 9)
+    assert isinstance(error, StreamInterruptedError)
+    assert "no answer came for 0.2 s" in str(error)
+
+
+async def test_waiting_for_batches_is_not_falling_silent() -> None:
+    more = asyncio.Event()
+
+    async def slow() -> AsyncIterator[dict[str, Any]]:
+        yield batch(0)
+        await more.wait()
+        yield batch(1)
+
+    async with FakeServer() as server, AsyncClient(server.address) as client:
+        stream = client.predict_stream("m", slow(), timeout_s=0.05)
+        await anext(stream)
+        asyncio.get_running_loop().call_later(0.2, more.set)
+        await anext(stream)
+        await stream.aclose()
+    assert server.streams == 1

@@ -290,6 +290,7 @@ class _Stream:
         self._notices = notices
         self._first: StreamRequest | None = None
         self._pinned: int | None = None
+        self._writing = asyncio.Lock()
 
     async def run(self, messages: AsyncIterator[bytes]) -> None:
         """Answers until the client has half-closed or the version is retired."""
@@ -309,13 +310,17 @@ class _Stream:
         """Passes notices on; ends when the stream has to."""
         while True:
             notice = await self._notices.get()
-            await self._context.write(StreamResponse(notice=notice).SerializeToString())
+            await self._write(StreamResponse(notice=notice))
             if notice.reason == prediction_pb2.StreamNotice.REASON_VERSION_RETIRED:
                 return
 
     async def _answer_all(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
             response = await self._answer(StreamRequest.FromString(message))
+            await self._write(response)
+
+    async def _write(self, response: StreamResponse) -> None:
+        async with self._writing:
             await self._context.write(response.SerializeToString())
 
     async def _answer(self, message: StreamRequest) -> StreamResponse:

@@ -122,6 +122,7 @@ def test_the_tree_in_the_docstring_is_the_hierarchy() -> None:
             "no server answers at here:1 (connection refused)",
         ),
         ("UNAVAILABLE", "ping timeout", "gave no sign of life"),
+        ("UNAVAILABLE", "connection attempt timed out before SETTINGS", "no server answers at here:1: conn"),
         ("UNAVAILABLE", "DNS resolution failed for x", "no address is known for here:1"),
         ("UNAVAILABLE", "the server is stopping", "the server is stopping"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", "here:1 did not answer in time"),
