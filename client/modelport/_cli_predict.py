@@ -68,7 +68,7 @@ def predict(
     local: Annotated[bool, typer.Option("--local", help="Run the stored model here, without a server.")] = False,
     registry: Annotated[
         Path, typer.Option("--registry", "-r", envvar="MODELPORT_REGISTRY", help="The registry's folder, for --local.")
-    ] = Path("registry"),
+    ] = Path("models"),
     version: Annotated[int | None, typer.Option(help="The version that shall answer.")] = None,
     alias: Annotated[str | None, typer.Option(help="The alias whose version shall answer.")] = None,
     signature: Annotated[str, typer.Option(help="The signature to run. Default: serving_default.")] = "",
@@ -91,7 +91,7 @@ def predict(
 
         modelport predict mnist images/ --outputs classes --format jsonl
 
-        modelport predict mnist images.npy --local --registry registry --version 3
+        modelport predict mnist images.npy --local --registry models --version 3
     """
     from modelport import _cli_inputs, _cli_outputs
 

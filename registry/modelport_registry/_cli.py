@@ -27,7 +27,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 ModelArgument = Annotated[str, typer.Argument(help="The model's name.")]
 VersionArgument = Annotated[str | None, typer.Argument(help="A version's number, or an alias.")]
 
-_DEFAULT_ROOT = Path("registry")
+_DEFAULT_ROOT = Path("models")
 
 
 def register(app: typer.Typer) -> None:

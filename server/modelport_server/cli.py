@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 def serve(
     registry: Annotated[
         Path, typer.Option("--registry", "-r", envvar="MODELPORT_REGISTRY", help="The registry's folder.")
-    ] = Path("registry"),
+    ] = Path("models"),
     model: Annotated[
         list[str] | None,
         typer.Option("--model", "-m", help="Serve this model; repeat for more. Default: all."),
@@ -50,11 +50,11 @@ def serve(
 
     Examples:
 
-        modelport serve --registry registry
+        modelport serve --registry models
 
-        modelport serve -r registry -m digits --address 0.0.0.0:8500
+        modelport serve -r models -m digits --address 0.0.0.0:8500
 
-        modelport serve -r registry --address unix:/run/modelport.sock
+        modelport serve -r models --address unix:/run/modelport.sock
     """
     import logging
 

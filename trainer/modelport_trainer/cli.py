@@ -89,7 +89,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.", rich_help_panel="Run")
     ] = False,
     publish: Annotated[bool, typer.Option(help="Publish the model when it is trained.", rich_help_panel="Run")] = True,
-    registry: _RegistryDir = Path("registry"),
+    registry: _RegistryDir = Path("models"),
     alias: Annotated[list[str] | None, typer.Option(help="Point this alias at the new version; repeatable.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A word to keep with the version; repeatable.")] = None,
     as_json: _Json = False,
@@ -149,7 +149,7 @@ def evaluate(
     data: _Data = None,
     data_dir: _DataDir = None,
     report: Annotated[Path | None, typer.Option(help="Also write a report into this folder.")] = None,
-    registry: _RegistryDir = Path("registry"),
+    registry: _RegistryDir = Path("models"),
     as_json: _Json = False,
 ) -> None:
     """Test a published version on held-out images, in this process or as it is served.
