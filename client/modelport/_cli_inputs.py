@@ -6,7 +6,7 @@ import itertools
 import math
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
@@ -182,25 +182,28 @@ def _npz(path: Path) -> zipfile.ZipFile:
         raise _unreadable(path, error) from error
 
 
-def _member(path: Path, file: zipfile.ZipFile, name: str) -> _Member:
+@contextmanager
+def _member(path: Path, file: zipfile.ZipFile, name: str) -> Generator[_Member, None, None]:
     try:
         stream = file.open(f"{name}.npy")
     except KeyError:
         held = ", ".join(n.removesuffix(".npy") for n in file.namelist()) or "nothing"
         raise InputError(f"{path}: has no array {name!r}, which the model takes; it has {held}") from None
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(stream)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from error
-    if dtype.hasobject:
-        raise InputError(f"{path}: the array {name!r} holds Python objects, which are not read")
-    return _Member(stream, dtype, shape, is_fortran)
+    with stream:
+        try:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read(stream)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise _unreadable(path, error) from error
+        if dtype.hasobject:
+            raise InputError(f"{path}: the array {name!r} holds Python objects, which are not read")
+        yield _Member(stream, dtype, shape, is_fortran)
 
 
 def _loaded(path: Path, file: zipfile.ZipFile, name: str) -> Array:
-    _member(path, file, name).file.close()
+    with _member(path, file, name):
+        pass  # says what is wrong with it
     try:
         with file.open(f"{name}.npy") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
@@ -210,8 +213,8 @@ def _loaded(path: Path, file: zipfile.ZipFile, name: str) -> Array:
 
 def _npz_source(path: Path, options: SourceOptions) -> Source:
     names = [spec.name for spec in options.inputs]
-    with _npz(path) as file:
-        members = {name: _member(path, file, name) for name in names}
+    with _npz(path) as file, ExitStack() as stack:
+        members = {name: stack.enter_context(_member(path, file, name)) for name in names}
     for name, member in members.items():
         if not member.shape:
             raise InputError(f"{path}: the array {name!r} is a single value, and the model takes rows")
@@ -228,9 +231,7 @@ def _npz_source(path: Path, options: SourceOptions) -> Source:
 
 def _npz_chunks(path: Path, names: Sequence[str], rows: int, size: int) -> Generator[dict[str, Array], None, None]:
     with _npz(path) as file, ExitStack() as stack:
-        members = {name: _member(path, file, name) for name in names}
-        for member in members.values():
-            stack.enter_context(member.file)
+        members = {name: stack.enter_context(_member(path, file, name)) for name in names}
         for start in range(0, rows, size):
             count = min(size, rows - start)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 import os
 import sys
 import tempfile
@@ -245,7 +246,7 @@ class CsvSink:
             self._writer.writerow([c for name, shape in shapes.items() for c in _columns(name, shape)])
         elif shapes != self._shapes:
             raise InputError("the answers' shapes differ from row to row: write .jsonl")
-        flat = [_plain(array.reshape(len(array), -1)) for array in outputs.values()]
+        flat = [_plain(array.reshape(len(array), math.prod(array.shape[1:]))) for array in outputs.values()]
         for row in zip(*flat, strict=True):
             self._writer.writerow([value for part in row for value in part])
 
