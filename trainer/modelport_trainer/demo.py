@@ -33,6 +33,8 @@ _ROWS_PER_CALL = 8
 _ROWS_PER_MESSAGE = 32
 _START_S = 60.0
 _SWITCH_S = 60.0
+_ANSWERS_AFTER = 2000
+"""How many answers the new version gives before the callers stop."""
 _STOP_S = 30.0
 _ERRORS_SHOWN = 3
 
@@ -184,7 +186,10 @@ class Demo:
 
     def _wait_for_switch(self, client: Client, before: int | None, traffic: Traffic) -> None:
         deadline = time.monotonic() + _SWITCH_S
-        while (now := client.model(self._name).serving_version) in (before, None) or now not in traffic.versions:
+        while True:
+            now = client.model(self._name).serving_version
+            if now not in (before, None) and traffic.versions[now] >= _ANSWERS_AFTER:
+                return
             if time.monotonic() > deadline:
                 raise TrainerError(f"the server did not take the new version within {_SWITCH_S:g} s")
             time.sleep(0.1)
