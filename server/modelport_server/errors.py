@@ -5,6 +5,7 @@ ServeError
 |-- UnknownNameError      no such model or version
 |-- NotLoadedError        it exists, but is not loaded
 |-- OverloadedError       the queue is full
+|-- TooLargeError         the answer does not fit into a message
 |-- NotAvailableError     nothing can answer at the moment
 |-- ExpiredError          the deadline passed before the call ran
 `-- ModelFailureError     the model itself failed
@@ -40,6 +41,10 @@ class OverloadedError(ServeError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TooLargeError(ServeError):
+    """The answer does not fit into a message."""
 
 
 class NotAvailableError(ServeError):

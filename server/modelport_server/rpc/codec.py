@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from modelport.names import shown
 from modelport.tensors import DTYPES_BY_NUMBER, TensorError, check_size
 from modelport.v1 import prediction_pb2, tensor_pb2
 from modelport_server.batching.calls import Answer
-from modelport_server.errors import InvalidCallError
+from modelport_server.errors import InvalidCallError, TooLargeError
 from modelport_server.tensors import RawTensor, checked_strings
 
 
@@ -96,6 +96,21 @@ def to_response(model: str, answer: Answer, outputs: Sequence[str], sequence: in
         queue_time_us=answer.queue_time_us,
         engine_time_us=answer.engine_time_us,
     )
+
+
+def packed(message: Message, max_bytes: int) -> bytes:
+    """Returns ``message`` as bytes.
+
+    Raises:
+        TooLargeError: if it is larger than a message may be; gRPC would end the stream for it.
+    """
+    size = message.ByteSize()
+    if size > max_bytes:
+        raise TooLargeError(
+            f"the answer of {size} bytes is larger than a message may be, {max_bytes} bytes: "
+            "send fewer rows, or name the outputs that are wanted"
+        )
+    return message.SerializeToString()
 
 
 def _to_message(tensor: RawTensor) -> tensor_pb2.Tensor:

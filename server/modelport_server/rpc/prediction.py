@@ -19,7 +19,7 @@ from modelport_server.once import Signal
 from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of, generic_handler
-from modelport_server.rpc.codec import Request, parse_predict, to_request, to_response
+from modelport_server.rpc.codec import Request, packed, parse_predict, to_request, to_response
 from modelport_server.rpc.status import abort
 from modelport_server.rpc.streams import PredictStream
 from modelport_server.servable import Servable
@@ -84,7 +84,8 @@ class PredictionService:
         request = to_request(parse_predict(raw), len(raw))
         servable = self._router.resolve(request.model, version=request.version, alias=request.alias)
         answer = await _run(servable, request, deadline_of(context))
-        return to_response(request.model, answer, request.outputs, request.sequence).SerializeToString()
+        response = to_response(request.model, answer, request.outputs, request.sequence)
+        return packed(response, self._options.max_message_bytes)
 
     async def _predict_stream(self, _: object, context: Context) -> None:
         async def work() -> None:

@@ -21,6 +21,7 @@ _CODES: dict[type[errors.ServeError], grpc.StatusCode] = {
     errors.UnknownNameError: grpc.StatusCode.NOT_FOUND,
     errors.NotLoadedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooLargeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotAvailableError: grpc.StatusCode.UNAVAILABLE,
     errors.EngineDiedError: grpc.StatusCode.UNAVAILABLE,
     errors.ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from modelport.v1 import prediction_pb2 as pb
 from modelport_server.batching.calls import Answer
-from modelport_server.errors import InvalidCallError
+from modelport_server.errors import InvalidCallError, TooLargeError
 from modelport_server.once import Signal
 from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import END_OF_STREAM, Context, deadline_of
-from modelport_server.rpc.codec import Request, parse_stream, to_request, to_response
+from modelport_server.rpc.codec import Request, packed, parse_stream, to_request, to_response
 from modelport_server.rpc.status import status_of
 from modelport_server.servable import Servable
 
@@ -193,7 +193,7 @@ class PredictStream:
     async def _write(self) -> None:
         while True:
             while self._notices:
-                await self._context.write(_packed(pb.PredictStreamResponse(notice=self._notices.popleft())))
+                await self._context.write(_noticed(self._notices.popleft()))
             if self._pending and self._pending[0].result.done():
                 await self._write_answer()
                 continue
@@ -207,7 +207,7 @@ class PredictStream:
 
     async def _write_answer(self) -> None:
         pending = self._pending[0]
-        await self._context.write(_packed(_response(pending)))
+        await self._context.write(_reply(pending, self._options.max_message_bytes))
         self._pending.popleft()
         self._pending_bytes -= pending.size
         self._room.set()
@@ -219,7 +219,7 @@ class PredictStream:
             message=f"version {self._pinned.version} of {self._pinned.model!r} is retired",
             version=self._pinned.version,
         )
-        await self._context.write(_packed(pb.PredictStreamResponse(notice=notice)))
+        await self._context.write(_noticed(notice))
 
 
 def _names_of(message: pb.PredictRequest) -> pb.PredictRequest:
@@ -233,27 +233,26 @@ def _names_of(message: pb.PredictRequest) -> pb.PredictRequest:
     return names
 
 
-def _packed(message: pb.PredictStreamResponse) -> bytes:
-    return message.SerializeToString()
+def _noticed(notice: pb.StreamNotice) -> bytes:
+    return pb.PredictStreamResponse(notice=notice).SerializeToString()
 
 
-def _response(pending: _Pending) -> pb.PredictStreamResponse:
-    if pending.result.cancelled():
-        error: BaseException | None = asyncio.CancelledError()
-    else:
-        error = pending.result.exception()
-    version = pending.servable.version if pending.servable is not None else 0
-    if error is None and pending.servable is not None:
-        answer = pending.result.result()
-        response = to_response(pending.servable.model, answer, pending.outputs, pending.sequence)
-        return pb.PredictStreamResponse(response=response)
+def _reply(pending: _Pending, max_bytes: int) -> bytes:
+    """Returns the answer to a message, or the error that it came to."""
+    servable, result = pending.servable, pending.result
+    error = asyncio.CancelledError() if result.cancelled() else result.exception()
+    if error is None and servable is not None:
+        response = to_response(servable.model, result.result(), pending.outputs, pending.sequence)
+        try:
+            return packed(pb.PredictStreamResponse(response=response), max_bytes)
+        except TooLargeError as too_large:
+            error = too_large
     status = status_of(error or RuntimeError("an answer without a servable"))
-    return pb.PredictStreamResponse(
-        error=pb.StreamError(
-            sequence=pending.sequence,
-            code=status.number,
-            message=status.message,
-            version=version,
-            retry_after_ms=status.retry_after_ms,
-        )
+    stream_error = pb.StreamError(
+        sequence=pending.sequence,
+        code=status.number,
+        message=status.message,
+        version=servable.version if servable is not None else 0,
+        retry_after_ms=status.retry_after_ms,
     )
+    return pb.PredictStreamResponse(error=stream_error).SerializeToString()
