@@ -179,7 +179,7 @@ class AsyncClient:
         follow: bool = False,
         window: int = 8,
         on_error: OnError = "raise",
-        timeout_s: float | None = None,
+        timeout_s: float = 120.0,
         resume_timeout_s: float = 30.0,
     ) -> AsyncGenerator[StreamResult, None]:
         """Yields a model's answer to each of ``batches``, in order.
@@ -200,8 +200,7 @@ class AsyncClient:
             follow: let each batch be answered by the version in charge when it arrives.
             window: how many batches are on their way at most.
             on_error: whether a batch's error is raised and ends the stream, or is returned as its result.
-            timeout_s: how long the stream may go without an answer before it counts as broken, in seconds;
-                None for the client's own.
+            timeout_s: how long the stream may go without an answer before it counts as broken, in seconds.
             resume_timeout_s: how long a broken stream may take until its next answer, in seconds.
 
         Raises:
@@ -211,7 +210,7 @@ class AsyncClient:
             StreamInterruptedError: if the stream broke and could not be resumed in time.
         """
         target = make_target(model, version, alias, signature, outputs, routing_key)
-        options = self.stream_options(follow, window, on_error, timeout_s, resume_timeout_s)
+        options = stream_options(follow, window, on_error, timeout_s, resume_timeout_s)
         return self._results(self.bulk_call(target, batches, options))
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
@@ -302,20 +301,6 @@ class AsyncClient:
         )
         self._bulk_calls.add(bulk_call)
         return bulk_call
-
-    def stream_options(
-        self, follow: bool, window: int, on_error: OnError, timeout_s: float | None, resume_timeout_s: float
-    ) -> StreamOptions:
-        """Returns a stream's options as they are given to ``predict_stream``, checked."""
-        if on_error not in ("raise", "return"):
-            raise InputError(f'on_error must be "raise" or "return", not {on_error!r}')
-        return StreamOptions(
-            follow=follow,
-            window=window,
-            return_errors=on_error == "return",
-            answer_timeout_s=self._options.timeout_s if timeout_s is None else timeout_s,
-            resume_timeout_s=resume_timeout_s,
-        )
 
     def _open_stream(self) -> Call:
         method = cast("Callable[[], Call]", self._connected().predictions.PredictStream)
@@ -459,6 +444,21 @@ def make_target(
         raise InputError(f"outputs must be several names, not the text {outputs!r}")
     wanted = tuple(outputs or ())
     return Target(model=model, version=version, alias=alias, signature=signature, outputs=wanted, routing_key=key)
+
+
+def stream_options(
+    follow: bool, window: int, on_error: OnError, timeout_s: float, resume_timeout_s: float
+) -> StreamOptions:
+    """Returns a stream's options as they are given to ``predict_stream``, checked."""
+    if on_error not in ("raise", "return"):
+        raise InputError(f'on_error must be "raise" or "return", not {on_error!r}')
+    return StreamOptions(
+        follow=follow,
+        window=window,
+        return_errors=on_error == "return",
+        answer_timeout_s=timeout_s,
+        resume_timeout_s=resume_timeout_s,
+    )
 
 
 def _is_cancelling() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 
-from modelport._async_client import AsyncClient, OnError, make_target
+from modelport._async_client import AsyncClient, OnError, make_target, stream_options
 from modelport._bulk import BulkCall
 from modelport._inputs import Inputs
 from modelport._models import ModelChange, ModelInfo
@@ -107,7 +107,7 @@ class Client:
         follow: bool = False,
         window: int = 8,
         on_error: OnError = "raise",
-        timeout_s: float | None = None,
+        timeout_s: float = 120.0,
         resume_timeout_s: float = 30.0,
     ) -> Generator[StreamResult, None, None]:
         """Yields a model's answer to each of ``batches``, in order; see ``AsyncClient.predict_stream``.
@@ -116,7 +116,7 @@ class Client:
         holding back the answers to those before it.
         """
         target = make_target(model, version, alias, signature, outputs, routing_key)
-        options = self._client.stream_options(follow, window, on_error, timeout_s, resume_timeout_s)
+        options = stream_options(follow, window, on_error, timeout_s, resume_timeout_s)
         return self._results(target, batches, options)
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:

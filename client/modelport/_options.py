@@ -139,8 +139,8 @@ class StreamOptions:
     """A batch that fails gets its error as its result, and the stream goes on. Default: it raises."""
     resume_timeout_s: float = 30.0
     """How long a broken stream may take until the next answer, in seconds. Default 30."""
-    answer_timeout_s: float = 30.0
-    """How long a stream may go without an answer to what was sent before it counts as broken, in seconds."""
+    answer_timeout_s: float = 120.0
+    """How long no answer may come to what was sent until the stream counts as broken, in seconds. Default 120."""
     one_version: bool = False
     """No other version may go on where the first one ends. Default: a later one may, unless asked by number."""
 
