@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HISTORY = "history"
-_MAY_DIFFER = frozenset({"training.epochs", "training.patience"})
-"""What a resumed run may change: neither has a part in what any one epoch computes."""
+_MAY_DIFFER = frozenset({"data.source", "training.epochs", "training.patience"})
+"""What a resumed run may change: none of it has a part in what any one epoch computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,8 @@ class RunFolder:
 
     def _check_same(self, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         before, now = dict(_flatten(stored)), dict(_flatten(json.loads(json.dumps(settings))))
+        if before.get("data.sha256") != now.get("data.sha256"):
+            raise RunError(f"{self.path}: was begun with other data; give the same, or another --run-dir")
         for name in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
             if before.get(name) != now.get(name):
                 option = name.rpartition(".")[2]
@@ -151,7 +153,7 @@ class RunFolder:
     def _unpack(self, name: str) -> tuple[list[NDArray[Any]], dict[str, NDArray[Any]]] | None:
         path = self.path / name
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 count = sum(key.isdigit() for key in stored)
                 arrays = [np.asarray(stored[str(number)]) for number in range(count)]
                 return arrays, {key: np.asarray(stored[key]) for key in stored if not key.isdigit()}

@@ -173,7 +173,8 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 def _npz(source: DataSource, path: Path) -> RawData:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # numpy leaves a file that it opens itself open when it is no zip archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             missing = [name for name in _NPZ_ARRAYS if name not in stored]
             if missing:
                 raise DataError(f"{path}: has no {', '.join(missing)}; it needs {', '.join(_NPZ_ARRAYS)}")
