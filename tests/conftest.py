@@ -38,7 +38,7 @@ def mnist_dir() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def publish_tag(saved_models: Path) -> Callable[[Path, str, int], Published]:
     """Publishes the versioned model with a tag, golden examples included; the version is the next one."""
 

@@ -22,6 +22,13 @@ def _require(condition: bool, message: str) -> None:
         raise OptionError(message)
 
 
+def _is_address(text: str) -> bool:
+    if text.startswith("unix:"):
+        return len(text) > len("unix:")
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
     """Bounds of a servable's queue and of the batches that are made from it."""
@@ -145,5 +152,9 @@ class ServerOptions:
     def __post_init__(self) -> None:
         for model in self.models:
             _require(is_valid_name(model), f"{shown(model)} is not a model name: use [a-z0-9][a-z0-9_-]{{0,63}}")
+        _require(
+            _is_address(self.address),
+            f"--address must be HOST:PORT with a port up to 65535, or unix:PATH, not {shown(self.address)}",
+        )
         _require(0 <= self.grace_s <= _DAY_S, "grace_s must be in 0 .. a day")
         _require(0 <= self.lame_duck_s <= 60, "lame_duck_s must be in 0 .. 60")

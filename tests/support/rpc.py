@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -75,10 +75,14 @@ def call(channel: grpc.Channel, message: pb.PredictRequest | bytes, timeout_s: f
         return failed(error)
 
 
+def start_raw(channel: grpc.Channel, message: pb.PredictRequest, timeout_s: float = TIMEOUT_S) -> Any:
+    """Sends a Predict call and returns the call itself."""
+    return _method(channel, "unary_unary", PREDICT).future(message.SerializeToString(), timeout=timeout_s)
+
+
 def start(channel: grpc.Channel, message: pb.PredictRequest, timeout_s: float = TIMEOUT_S) -> Callable[[], Outcome]:
     """Sends a Predict call and returns how to wait for its end."""
-    method = _method(channel, "unary_unary", PREDICT)
-    future = method.future(message.SerializeToString(), timeout=timeout_s)
+    future = start_raw(channel, message, timeout_s)
 
     def wait() -> Outcome:
         try:
@@ -223,11 +227,11 @@ def wait_back(process: psutil.Process, before: Footprint, *, rss_bytes: int, fds
 
 def engines(process: psutil.Process) -> list[psutil.Process]:
     """Returns the engine processes of a server, oldest first."""
-    found = [child for child in process.children() if "modelport_server.engines.worker" in child.cmdline()]
-    return sorted(found, key=lambda child: child.create_time())
+    return sorted(filter(_is_engine, process.children()), key=lambda child: child.create_time())
 
 
-def chunks(array: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
-    """Yields ``size`` rows at a time."""
-    for first in range(0, len(array), size):
-        yield array[first : first + size]
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "modelport_server.engines.worker" in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False

@@ -64,6 +64,20 @@ def test_models_are_names() -> None:
         ServerOptions(registry=Path("registry"), models=("../x",))
 
 
+@pytest.mark.parametrize("address", ["localhost:0", "[::1]:8500", "0.0.0.0:65535", "unix:/run/x.sock", "unix:x"])
+def test_addresses(address: str) -> None:
+    assert ServerOptions(registry=Path("registry"), address=address).address == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", ":", ":8500", "localhost", "localhost:", "localhost:http", "localhost:65536", "a:-1", "a:²", "unix:"],
+)
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(OptionError, match="--address"):
+        ServerOptions(registry=Path("registry"), address=address)
+
+
 def test_memory_is_limited_to_a_part_of_the_machines() -> None:
     assert EngineLimits(max_memory_bytes=5).memory_limit_bytes == 5
     assert EngineLimits().memory_limit_bytes > 1 << 20

@@ -97,7 +97,9 @@ class PredictStream:
         self._room.set()
         self._wake.set()
 
-    def _on_reader_done(self, _: asyncio.Task[None]) -> None:
+    def _on_reader_done(self, reader: asyncio.Task[None]) -> None:
+        if self._closed and not reader.cancelled():
+            reader.exception()  # a read that the end of the call has cut short: of no interest any more
         self._reading_ended = True
         self._wake.set()
 
