@@ -69,7 +69,7 @@ def doubled(inputs: Arrays, version: int) -> Arrays:
 
 @dataclass
 class FakeServer:
-    """A server of one model, ``m``; use it as ``async with``.
+    """A server of one model, ``m`` by default; use it as ``async with``.
 
     ``on_request`` sees every request before it is answered and may raise RefusalError, wait, or return a
     message to send in place of the answer. Streams can be told to end by ``drain`` and ``retire``.
@@ -83,6 +83,7 @@ class FakeServer:
     on_request: Callable[[Request], Awaitable[StreamResponse | None]] | None = None
     on_open: Callable[[Context], Awaitable[None]] | None = None
     address: str = "127.0.0.1:0"
+    name: str = "m"
     options: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
     credentials: grpc.ServerCredentials | None = None
 
@@ -221,7 +222,7 @@ class FakeServer:
         else:
             version = self.serving
         if version not in self.versions:
-            raise RefusalError(grpc.StatusCode.NOT_FOUND, f"m has no version {version}")
+            raise RefusalError(grpc.StatusCode.NOT_FOUND, f"{self.name} has no version {version}")
         return version
 
     async def answer(self, request: Request, version: int) -> StreamResponse:
@@ -235,7 +236,7 @@ class FakeServer:
         outputs = self.run({t.name: tensors.decode(t) for t in request.inputs}, version)
         wanted = list(request.outputs) or list(outputs)
         response = prediction_pb2.PredictResponse(
-            model="m",
+            model=self.name,
             version=version,
             sequence=request.sequence,
             outputs=[tensors.encode(name, outputs[name]) for name in wanted],
@@ -251,11 +252,11 @@ class FakeServer:
             model_pb2.ModelVersion(version=v, state=available, signatures=[self.sign], metrics={"accuracy": 0.5})
             for v in sorted(self.versions, reverse=True)
         ]
-        return model_pb2.Model(name="m", serving_version=self.serving, aliases=self.aliases, versions=versions)
+        return model_pb2.Model(name=self.name, serving_version=self.serving, aliases=self.aliases, versions=versions)
 
     async def _get_model(self, message: bytes, context: Context) -> bytes:
         request = model_pb2.GetModelRequest.FromString(message)
-        if request.model != "m":
+        if request.model != self.name:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no model {request.model!r}")
         return model_pb2.GetModelResponse(model=self.model()).SerializeToString()
 
