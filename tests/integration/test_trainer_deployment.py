@@ -10,7 +10,6 @@ import pytest
 
 from modelport_registry import Lineage, Registry
 from modelport_trainer import _libraries
-from modelport_trainer._run import RunFolder
 from modelport_trainer.data import Dataset, DataSource, Split
 from modelport_trainer.deployment import (
     classifier_golden,
@@ -22,6 +21,7 @@ from modelport_trainer.deployment import (
 from modelport_trainer.errors import ExportError, RunError, TrainingError
 from modelport_trainer.model import HyperParameters, build, summarize
 from modelport_trainer.prediction import SavedModelPredictor
+from modelport_trainer.run import RunFolder
 from modelport_trainer.training import EpochResult, TrainingOptions, train
 
 

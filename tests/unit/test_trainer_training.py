@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from modelport_trainer._run import RunFolder, next_run_dir
 from modelport_trainer.data import DataSource
 from modelport_trainer.errors import OptionError, RunError
 from modelport_trainer.model import HyperParameters
 from modelport_trainer.pipeline import PipelineOptions, PublishOptions
+from modelport_trainer.run import RunFolder, next_run_dir
 from modelport_trainer.training import EpochResult, TrainingOptions, best_of, is_over, split_validation, step_size_after
 
 

@@ -96,6 +96,9 @@ def train(
 ) -> None:
     """Train an image classifier, test it, and publish it as a new version.
 
+    The run's folder keeps a checkpoint of every epoch and a report.
+    A run that was interrupted goes on when its options are repeated with --resume.
+
     Examples:
 
         modelport train
@@ -154,8 +157,9 @@ def evaluate(
 ) -> None:
     """Test a published version on held-out images, in this process or as it is served.
 
-    Without --data or --data-dir the test images are those of the built-in data that the version was trained
-    on. With --server they are streamed to the server, and the registry is not read.
+    Without --data or --data-dir it takes the test images of the data that the version
+    was trained on, if they can be found. With --server they are streamed to the server,
+    and the registry is not read.
 
     Examples:
 
@@ -222,8 +226,8 @@ def _run(
     as_json: bool,
 ) -> None:
     from modelport_trainer._console import ConsoleListener
-    from modelport_trainer._run import RunFolder, next_run_dir
     from modelport_trainer.pipeline import run_pipeline
+    from modelport_trainer.run import RunFolder, next_run_dir
 
     if run_dir is None:
         run_dir = next_run_dir(Path("runs"), options.name, resume=resume)

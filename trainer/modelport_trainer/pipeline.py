@@ -11,13 +11,13 @@ from typing import Any, Protocol
 from modelport.names import is_valid_name, shown
 from modelport_registry import JSON, Published, Registry, RegistryError
 from modelport_trainer import data, deployment, model, training
-from modelport_trainer._run import RunFolder
 from modelport_trainer.data import DataReport, Dataset, DataSource
 from modelport_trainer.errors import OptionError, TrainerError
 from modelport_trainer.evaluation import Evaluation, evaluate
 from modelport_trainer.model import HyperParameters, Layer
 from modelport_trainer.prediction import SavedModelPredictor
 from modelport_trainer.report import ReportContent, write_report
+from modelport_trainer.run import RunFolder
 from modelport_trainer.training import TrainingListener, TrainingOptions, TrainingResult
 
 

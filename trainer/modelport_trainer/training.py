@@ -17,8 +17,8 @@ from modelport_trainer.errors import OptionError, RunError, TrainingError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from modelport_trainer._run import RunFolder
     from modelport_trainer.data import Split
+    from modelport_trainer.run import RunFolder
 
 OptimizerName = Literal["rmsprop", "adam", "sgd"]
 LossName = Literal["crossentropy", "focal", "mse"]
