@@ -20,9 +20,20 @@ MAX_MESSAGE_BYTES = 160_000
 Message = dict[str, Any]
 
 
+class MessageTooLargeError(ValueError):
+    """A message names too many tensors to fit into a packet."""
+
+
 def pack(message: Message) -> bytes:
-    """Returns ``message`` as a packet."""
-    return json.dumps(message, separators=(",", ":")).encode()
+    """Returns ``message`` as a packet.
+
+    Raises:
+        MessageTooLargeError: if it takes more than ``MAX_MESSAGE_BYTES``.
+    """
+    packet = json.dumps(message, separators=(",", ":")).encode()
+    if len(packet) > MAX_MESSAGE_BYTES:
+        raise MessageTooLargeError(f"a message of {len(packet)} bytes is too large; at most {MAX_MESSAGE_BYTES} fit")
+    return packet
 
 
 def receive(channel: socket.socket) -> Message | None:

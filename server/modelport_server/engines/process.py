@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from modelport.exceptions import ModelportError
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 _SLOTS = 2
 _STOP_S = 5.0
 _MEMORY_POLL_S = 0.2
+_ENDED = "the engine process ended"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -39,6 +41,10 @@ class RejectedError(Exception):
     def __init__(self, gate: str, reason: str) -> None:
         super().__init__(reason)
         self.gate = gate
+
+
+class UnreadableError(ModelportError):
+    """A version could not be read or its engine not be started for now, which says nothing about the version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,7 @@ class EngineProcess:
         self._ended = asyncio.Event()
         self._why = ""
         self._watch: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def slots(self) -> int:
@@ -109,26 +116,28 @@ class EngineProcess:
 
         Raises:
             RejectedError: if a gate failed, or the process died, hung or took too much memory.
+            UnreadableError: if the version could not be read.
+            OSError: if the process could not be started.
         """
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
+        message = {
+            "op": "load",
+            "root": str(order.root),
+            "model": order.model,
+            "version": order.version,
+            "largest": order.largest,
+            "threads": self._limits.threads,
+        }
         self._start(loop)
-        self._send(
-            {
-                "op": "load",
-                "root": str(order.root),
-                "model": order.model,
-                "version": order.version,
-                "largest": order.largest,
-                "threads": self._limits.threads,
-            }
-        )
         try:
+            self._send(message)
             return await asyncio.wait_for(asyncio.shield(self._ready), self._limits.load_timeout_s)
         except TimeoutError:
             self.kill(f"loading took more than {self._limits.load_timeout_s:g} s")
             raise RejectedError("load", self._why) from None
         except EngineDiedError:
+            await self.stop()  # to know how it ended
             raise RejectedError("load", self._why) from None
         except asyncio.CancelledError:
             self.kill("it is not wanted any more")
@@ -143,7 +152,8 @@ class EngineProcess:
         self._regions = [(Region.create("inputs"), Region.create("outputs")) for _ in range(_SLOTS)]
         self._free = list(range(_SLOTS))
         fds = [theirs.fileno(), *(region.fd for pair in self._regions for region in pair)]
-        command = [sys.executable, "-m", "modelport_server.engines.worker", *map(str, fds)]
+        # -P: what lies in the folder that the server was started in must not be imported.
+        command = [sys.executable, "-P", "-m", "modelport_server.engines.worker", str(os.getpid()), *map(str, fds)]
         with theirs:
             self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=_environment())
         loop.add_reader(ours.fileno(), self._on_readable)
@@ -166,7 +176,7 @@ class EngineProcess:
         except OSError:
             message = None
         if message is None:
-            self._die("the engine process ended")
+            self._die(_ENDED)
         else:
             self._on_message(message)
 
@@ -174,6 +184,7 @@ class EngineProcess:
         op = message["op"]
         if op in ("done", "failed"):
             future = self._running.pop(message["id"], None)
+            self._watch_oldest()
             if future is not None and not future.done():
                 future.set_result(message)
         elif op == "state":
@@ -184,6 +195,8 @@ class EngineProcess:
             self._ready.set_result(Loaded(message["engine"], message["golden"], tuple(message["dependent"])))
         elif op == "rejected":
             self._ready.set_exception(RejectedError(message["gate"], message["reason"]))
+        elif op == "unreadable":
+            self._ready.set_exception(UnreadableError(message["reason"]))
 
     async def run(self, batch: Batch) -> BatchOutput:
         """Runs a batch; the outputs are views of shared memory until ``release`` is called.
@@ -197,20 +210,20 @@ class EngineProcess:
         slot = self._free.pop()
         self._next_id += 1
         number = self._next_id
-        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
-        self._running[number] = future
-        timer = asyncio.get_running_loop().call_later(self._limits.run_timeout_s, self._on_hang)
         try:
             self._send(self._run_message(number, slot, batch))
-            reply = await future
+        except messages.MessageTooLargeError as error:
+            self._free.append(slot)
+            raise ModelFailureError("the call has too many inputs") from error
         except BaseException:
-            self._running.pop(number, None)
-            # The slot stays taken if the engine may still be writing into it.
-            if self._ended.is_set():
-                self._free.append(slot)
+            self._free.append(slot)
             raise
-        finally:
-            timer.cancel()
+        # From here on the slot is the engine's until it answers, whatever becomes of this call.
+        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
+        self._running[number] = future
+        if len(self._running) == 1:
+            self._watch_oldest()
+        reply = await future
         if reply["op"] == "failed":
             self._free.append(slot)
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
@@ -229,6 +242,14 @@ class EngineProcess:
             "size": size,
             "inputs": entries,
         }
+
+    def _watch_oldest(self) -> None:
+        """Times the batch that the engine has begun: it runs one after another, whatever is queued."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._running:
+            self._timer = asyncio.get_running_loop().call_later(self._limits.run_timeout_s, self._on_hang)
 
     def _on_hang(self) -> None:
         self.kill(f"a batch ran for more than {self._limits.run_timeout_s:g} s")
@@ -260,6 +281,7 @@ class EngineProcess:
             if not future.done():
                 future.set_exception(error)
         self._running.clear()
+        self._watch_oldest()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(EngineDiedError("the engine died while loading"))
             self._ready.exception()  # seen: nobody may be waiting any more
@@ -270,9 +292,10 @@ class EngineProcess:
         if self._watch is not None:
             self._watch.cancel()
         if self._process is not None:
-            code = await asyncio.to_thread(_reap, self._process)
-            if code:
-                self._why = f"{self._why} ({_exit_text(code)})"
+            process, self._process = self._process, None
+            code = await asyncio.to_thread(_reap, process)
+            if code and self._why == _ENDED:
+                self._why = f"{_ENDED}: {_exit_text(code)}"
         for pair in self._regions:
             for region in pair:
                 region.close()

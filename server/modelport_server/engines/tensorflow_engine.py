@@ -64,8 +64,8 @@ class TensorFlowEngine:
                 OUT_OF_RANGE.
         """
         errors = self._tf.errors
-        tensors = {name: self._tf.convert_to_tensor(array) for name, array in inputs.items()}
         try:
+            tensors = {name: self._tf.convert_to_tensor(array) for name, array in inputs.items()}
             outputs = self._functions[signature](**tensors)
             return {name: _to_array(tensor) for name, tensor in outputs.items()}
         except (errors.InvalidArgumentError, errors.OutOfRangeError) as error:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from modelport.exceptions import ModelportError
 from modelport.tensors import array_bytes, array_from_bytes, dtype_of
-from modelport_registry import Manifest, Registry
+from modelport_registry import IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines.protocol import Array, Engine, EngineError
@@ -39,6 +39,10 @@ class _RejectedError(Exception):
     def __init__(self, gate: str, reason: str) -> None:
         super().__init__(reason)
         self.gate = gate
+
+
+class _UnreadableError(Exception):
+    """The version could not be read now; that says nothing about the version."""
 
 
 class Worker:
@@ -64,6 +68,14 @@ class Worker:
         except _RejectedError as error:
             self._send({"op": "rejected", "gate": error.gate, "reason": str(error)})
             return
+        except _UnreadableError as error:
+            self._send({"op": "unreadable", "reason": str(error)})
+            return
+        except Exception as error:  # whatever a model makes us do, the front must hear of it
+            self._send(
+                {"op": "rejected", "gate": "load", "reason": f"it makes the engine fail: {type(error).__name__}"}
+            )
+            raise
         while (message := messages.receive(self._channel)) is not None:
             self._run(message)
 
@@ -102,16 +114,14 @@ class Worker:
             outputs = self._engine.run(message["signature"], inputs)
             spent_us = int((time.monotonic() - started) * 1e6)
             entries, size = _write_outputs(outputs_region, outputs)
-            reply |= {"op": "done", "outputs": entries, "size": size, "us": spent_us}
+            self._send(reply | {"op": "done", "outputs": entries, "size": size, "us": spent_us})
         except EngineError as error:
-            reply |= {"op": "failed", "caller_fault": error.caller_fault, "message": str(error)}
+            self._send(reply | {"op": "failed", "caller_fault": error.caller_fault, "message": str(error)})
+        except OSError:
+            raise  # the front is gone
         except Exception as error:  # whatever a model makes us do, the front must hear of it
-            reply |= {
-                "op": "failed",
-                "caller_fault": False,
-                "message": f"the engine failed: {type(error).__name__}",
-            }
-        self._send(reply)
+            text = f"the engine failed: {type(error).__name__}"
+            self._send(reply | {"op": "failed", "caller_fault": False, "message": text})
 
 
 def _write_outputs(region: Region, outputs: Mapping[str, Array]) -> tuple[list[list[object]], int]:
@@ -163,10 +173,10 @@ def _new_engine(threads: int) -> Engine:
 def _verify(registry: Registry, model: str, version: int) -> Manifest:
     try:
         return registry.verify(model, version)
-    except ModelportError as error:
+    except (IntegrityError, InvalidModelError) as error:
         raise _RejectedError("integrity", str(error)) from error
-    except OSError as error:
-        raise _RejectedError("integrity", f"can't be read: {error.strerror}") from error
+    except (ModelportError, OSError) as error:
+        raise _UnreadableError(str(error)) from error
 
 
 def _load_model(engine: Engine, path: Path, manifest: Manifest) -> None:
@@ -185,18 +195,19 @@ def _check(engine: Engine, registry: Registry, manifest: Manifest, largest: int)
         raise _RejectedError("golden", str(error)) from error
     except EngineError as error:
         raise _RejectedError("golden", f"the model fails on its golden examples: {error}") from error
-    except ModelportError as error:
+    except (IntegrityError, InvalidModelError) as error:
         raise _RejectedError("golden", str(error)) from error
+    except (ModelportError, OSError) as error:
+        raise _UnreadableError(str(error)) from error
     independent = [name for name in batched if name not in verified.dependent]
     warm_up(engine, list(manifest.signatures.values()), golden, independent, largest)
     return verified
 
 
-def _settle() -> None:
-    """Ties this process to the front: it ends when the front does, and only then."""
-    parent = os.getppid()
+def _settle(front: int) -> None:
+    """Ties this process to the front, given by its pid: it ends when the front does, and only then."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != front:  # it ended before the kernel was told
         sys.exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -205,9 +216,9 @@ def _settle() -> None:
 
 
 def main() -> None:
-    """Runs an engine process; the arguments are file descriptors."""
-    _settle()
-    numbers = [int(argument) for argument in sys.argv[1:]]
+    """Runs an engine process; the arguments are the front's pid and file descriptors."""
+    front, *numbers = [int(argument) for argument in sys.argv[1:]]
+    _settle(front)
     channel = socket.socket(fileno=numbers[0])
     pairs = [(Region(numbers[i]), Region(numbers[i + 1])) for i in range(1, len(numbers), 2)]
     with contextlib.suppress(ConnectionError, BrokenPipeError):

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from modelport.exceptions import ModelportError
-from modelport_registry import Manifest, Registry
+from modelport_registry import IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.options import ServerOptions
 from modelport_server.rollout.policy import (
@@ -31,6 +31,9 @@ from modelport_server.servable import Servable
 from modelport_server.signatures import is_batchable
 
 _log = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 0.5
+_LONGEST_RETRY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,10 @@ class Tracked:
     in_registry: bool = True
     servable: Servable | None = None
     manifest: Manifest | None = None
+    failures: int = 0
+    """How often it could not be read."""
+    retry_at_s: float = 0.0
+    """When it may be tried again, on the monotonic clock."""
     hold: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Keeps the version's folder from being collected while it is loaded."""
 
@@ -178,8 +185,11 @@ class ModelRollout:
         except RejectedError as error:
             await self._reject(tracked, error.gate, str(error))
             return
-        except (ModelportError, OSError) as error:
+        except (IntegrityError, InvalidModelError) as error:
             await self._reject(tracked, "integrity", str(error))
+            return
+        except (ModelportError, OSError) as error:
+            self._put_off(tracked, error)
             return
         except Exception:  # else the version would be on its way for ever
             _log.exception("%s@%d: loading failed", self._name, number)
@@ -228,6 +238,15 @@ class ModelRollout:
         self._route.serving = _servable(tracked)
         _log.info("%s@%d: serving%s", self._name, tracked.version, f", was @{before}" if before else "")
         self._record("serving", tracked.version, details={"before": before, "engine": _servable(tracked).engine_name})
+
+    def _put_off(self, tracked: Tracked, error: Exception) -> None:
+        """Lets a version wait that could not be read: the fault is not the version's, and may pass."""
+        wait_s = min(_FIRST_RETRY_S * 2**tracked.failures, _LONGEST_RETRY_S)
+        tracked.failures += 1
+        tracked.retry_at_s = monotonic() + wait_s
+        tracked.hold.close()
+        tracked.become(State.DISCOVERED, "it could not be read; the server tries again")
+        _log.warning("%s@%d: can't be loaded now, next try in %g s: %s", self._name, tracked.version, wait_s, error)
 
     async def _reject(self, tracked: Tracked, gate: str, reason: str) -> None:
         tracked.become(State.REJECTED, f"{gate}: {reason}")
@@ -330,6 +349,7 @@ def _version_snapshot(tracked: Tracked, now: float) -> VersionSnapshot:
         leases=servable.leases if servable is not None else 0,
         age_s=now - tracked.since_s,
         in_registry=tracked.in_registry,
+        put_off=now < tracked.retry_at_s,
         streams_ended=servable is not None and servable.retire_streams.is_set(),
     )
 

@@ -61,6 +61,8 @@ class VersionSnapshot:
     in_registry: bool = True
     streams_ended: bool = False
     """Whether its streams have been told to end."""
+    put_off: bool = False
+    """Whether it could not be read, and it is too early to try again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,10 @@ def _state(versions: Mapping[int, VersionSnapshot], number: int) -> State | None
     return versions[number].state if number in versions else None
 
 
+def _may_load(version: VersionSnapshot) -> bool:
+    return version.in_registry and not version.put_off
+
+
 def _let_go(snapshot: ModelSnapshot, aspired: set[int]) -> Action | None:
     for number, version in sorted(snapshot.versions.items()):
         if version.state is State.AVAILABLE and number not in aspired and number != snapshot.serving:
@@ -139,7 +145,7 @@ def _bring_in(snapshot: ModelSnapshot, wanted: int | None, aspired: set[int]) ->
         return None
     loadable = (State.DISCOVERED, State.RETIRED)
     order = sorted(aspired, key=lambda number: (number != wanted, -number))
-    number = next((n for n in order if _state(versions, n) in loadable and versions[n].in_registry), None)
+    number = next((n for n in order if _state(versions, n) in loadable and _may_load(versions[n])), None)
     if number is None:
         return None
     beside = [n for n, v in versions.items() if v.state in LOADED and n != snapshot.serving and n not in aspired]
