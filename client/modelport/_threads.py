@@ -7,6 +7,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
 
 from modelport.exceptions import ClientClosedError
@@ -20,7 +21,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may come in here again while it is held
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -29,47 +30,71 @@ class LoopThread:
         """Runs ``coroutine`` in the loop and returns or raises what it does; an interrupt cancels it.
 
         Raises:
-            ClientClosedError: if the loop was closed.
+            ClientClosedError: if the loop was closed, or is closed meanwhile.
+            RuntimeError: if called in the loop's own thread.
         """
-        try:
-            loop = self._started()
-        except ClientClosedError:
+        if self._is_here:
             coroutine.close()
-            raise
-        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            raise RuntimeError("a blocking call in the client's own thread would wait for itself")
+        future = self._submitted(coroutine)
         try:
             return future.result()
+        except CancelledError as error:
+            if self._is_closed:
+                raise ClientClosedError("the client was closed during the call") from error
+            raise
         except BaseException:
             future.cancel()
             raise
 
     def try_run(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        """Runs ``coroutine`` in the loop, or not at all if that is closed."""
+        """Runs ``coroutine`` in the loop, or not at all if that is closed.
+
+        Does not wait for it in the loop's own thread, where the garbage collector may end a generator.
+        """
         with contextlib.suppress(ClientClosedError):
-            self.run(coroutine)
+            if self._is_here:
+                self._submitted(coroutine)
+            else:
+                self.run(coroutine)
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs ``last`` in the loop if there is one, stops it and waits for its thread."""
+        """Runs ``last`` in the loop if there is one, stops it and waits for its thread, if that is another one."""
         with self._lock:
             was_closed, self._is_closed = self._is_closed, True
             loop, thread = self._loop, self._thread
         if was_closed or loop is None or thread is None:
             return
+        future = asyncio.run_coroutine_threadsafe(last(), loop)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+        if self._is_here:
+            return
         try:
-            asyncio.run_coroutine_threadsafe(last(), loop).result()
+            future.result()
         finally:
-            loop.call_soon_threadsafe(loop.stop)
+            future.cancel()  # does nothing, unless the wait was interrupted
             thread.join()
 
+    @property
+    def _is_here(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def _submitted(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        try:
+            with self._lock:  # no close comes between, so the loop will run it or cancel it
+                return asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        except BaseException:
+            coroutine.close()
+            raise
+
     def _started(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._is_closed:
-                raise ClientClosedError("the client is closed")
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._main, args=(self._loop,), name=self._name, daemon=True)
-                self._thread.start()
-            return self._loop
+        if self._is_closed:
+            raise ClientClosedError("the client is closed")
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._main, args=(self._loop,), name=self._name, daemon=True)
+            self._thread.start()
+        return self._loop
 
     @staticmethod
     def _main(loop: asyncio.AbstractEventLoop) -> None:
@@ -113,9 +138,12 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Ends the thread and waits a moment for it; if the iterable blocks, it ends when that goes on."""
+        """Ends the thread and waits a moment for it; if the iterable blocks, it ends when that goes on.
+
+        Does not wait where the garbage collector may close it: in that thread, and in the loop's, which it waits for.
+        """
         self._wanted.put(None)
-        if self._thread is not None:
+        if self._thread not in (None, threading.current_thread()) and not _is_in_loop():
             self._thread.join(_JOIN_TIMEOUT_S)
 
     def _main(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -135,6 +163,14 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
     def _fail(self, loop: asyncio.AbstractEventLoop, error: Exception) -> None:
         while (future := self._wanted.get()) is not None:
             _answer(loop, future, error)
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[object], outcome: object) -> None:
