@@ -56,13 +56,13 @@ def _one_engine(server: ServerProcess, other_than: int = 0) -> psutil.Process:
 
 def _answers(server: ServerProcess, model: str, tag: int) -> None:
     """Waits until a model answers, with a version that has a tag."""
+    with open_channel(server.address) as channel:
 
-    def answered() -> bool:
-        with open_channel(server.address) as channel:
+        def answered() -> bool:
             outcome = call(channel, request(model, {"x": X}))
-        return outcome.code is OK and bool(outcome.outputs["version"][0] == tag)
+            return outcome.code is OK and bool(outcome.outputs["version"][0] == tag)
 
-    wait_for(answered, f"{model} to answer with {tag}", server.alive)
+        wait_for(answered, f"{model} to answer with {tag}", server.alive)
 
 
 def test_an_engine_that_is_killed_is_started_again(tmp_path: Path, publish_tag: Publish) -> None:

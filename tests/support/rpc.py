@@ -157,7 +157,7 @@ class Canary(threading.Thread):
     def run(self) -> None:
         """Calls until told to stop."""
         with open_channel(self._address) as channel:
-            while not self._over.wait(0.005):
+            while not self._over.wait(0.02):  # often, and yet leaving time to engines that load
                 x = np.full((2, 4), self.answered, np.float32)
                 outcome = call(channel, request(self._model, {"x": x}))
                 self._check(outcome, x)
