@@ -234,6 +234,7 @@ class AsyncClient:
 
         Raises:
             RpcError: if the server refuses, or can't be reached for as long as retries last.
+            ClientClosedError: if the client is closed meanwhile.
         """
         losses = 0
         while True:
@@ -246,6 +247,10 @@ class AsyncClient:
                 failure = _status.from_aio(error, self._server)
                 if not isinstance(failure, UnavailableError) or losses >= self._options.retry.max_attempts:
                     raise failure from error
+            except asyncio.CancelledError as error:
+                if self._is_closed and not _is_cancelling():
+                    raise ClientClosedError("the client was closed during the call") from error
+                raise
             finally:
                 call.cancel()
             losses += 1
@@ -409,6 +414,8 @@ class AsyncClient:
                 self._retrier.budget.succeeded()
                 return response
             await asyncio.sleep(wait_s)
+            if self._is_closed:
+                raise ClientClosedError("the client was closed during the call")
 
     def _pushed_back_s(self, failure: RpcError, attempt: int) -> float | None:
         if failure.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or failure.retry_after_s is None:

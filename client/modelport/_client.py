@@ -134,7 +134,7 @@ class Client:
             while (change := self._loop.run(_next_or_none(changes))) is not None:
                 yield change
         finally:
-            self._loop.run(changes.aclose())
+            self._loop.try_run(changes.aclose())
 
     def is_ready(self, *, model: str = "", timeout_s: float | None = None) -> bool:
         """Returns whether the server takes calls, or the one model can answer."""
