@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from modelport import _inputs, _results, _signatures, _status
+from modelport import _health, _inputs, _results, _signatures, _status
 from modelport._bulk import Batch, BulkCall, Call
 from modelport._channel import checked_addresses, open_channel
 from modelport._conversation import Conversation
@@ -43,8 +43,6 @@ ResponseT = TypeVar("ResponseT", covariant=True)
 T = TypeVar("T")
 OnError = Literal["raise", "return"]
 
-_HEALTH_METHOD = "/grpc.health.v1.Health/Check"
-_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 _HEALTH_INTERVAL_S = 0.05
 _WHOLE_CALLS = 3
 """How often a call sent in parts is begun, should its version be retired under way."""
@@ -262,13 +260,12 @@ class AsyncClient:
         Raises:
             RpcError: if there is no server, or one without ``grpc.health.v1``.
         """
-        name = model.encode()
-        request = b"\x0a" + bytes([len(name)]) + name if name else b""  # HealthCheckRequest{service}
+        request = _health.request(model)
         try:
             answer = await self._call(self._connected().health, request, self._deadline(timeout_s))
         except NotFoundError:
             return False
-        return answer == _SERVING
+        return _health.status(answer) == _health.SERVING
 
     async def wait_ready(self, *, model: str = "", timeout_s: float = 60.0) -> None:
         """Waits until the server takes calls, or the one model can answer.
@@ -431,7 +428,7 @@ class AsyncClient:
                 channel,
                 cast("PredictionServiceAsyncStub", prediction_pb2_grpc.PredictionServiceStub(channel)),
                 cast("ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(channel)),
-                cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_HEALTH_METHOD)),
+                cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_health.METHOD)),
             )
         return self._connection
 

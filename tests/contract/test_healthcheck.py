@@ -12,7 +12,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from modelport import AsyncClient
+from modelport._healthcheck import check as healthcheck
+
 MODEL = "m" * 64
+LONG_NAMES = ["m" * 127, "m" * 128, "ü" * 150, "m" * 20000]
 
 
 @pytest.fixture
@@ -26,6 +30,8 @@ def address() -> Iterator[str]:
         server = grpc_api.server(pool)
         servicer = health_api.HealthServicer()
         servicer.set(MODEL, messages.HealthCheckResponse.SERVING)
+        for name in LONG_NAMES:
+            servicer.set(name, messages.HealthCheckResponse.SERVING)
         servicer.set("broken", messages.HealthCheckResponse.NOT_SERVING)
         stubs.add_HealthServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -43,6 +49,16 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_serving(address: str, service: str) -> None:
     result = check(address, service)
     assert (result.returncode, result.stdout) == (0, "SERVING\n"), result.stderr
+
+
+@pytest.mark.parametrize("name", LONG_NAMES, ids=lambda name: f"{len(name)} characters")
+async def test_names_of_any_length(address: str, name: str) -> None:
+    assert healthcheck(address, name) == "SERVING"
+    assert healthcheck(address, "broken") == "NOT_SERVING"
+    async with AsyncClient(address) as client:
+        assert await client.is_ready(model=name)
+        assert not await client.is_ready(model="broken")
+        assert not await client.is_ready(model=name + "\udcff")  # as the command line has what is no text
 
 
 def test_not_serving(address: str) -> None:
