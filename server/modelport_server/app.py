@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _HARD_EXIT_S = 2.0
 _SECOND_SIGNAL_STATUS = 1
+_HUNG_STATUS = 1
+_HANDLER_START_S = 0.05
 
 
 class Server:
@@ -46,6 +48,7 @@ class Server:
         self._grpc = new_server(channel_options(options.rpc), options.rpc.max_concurrent_calls)
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._failure: BaseException | None = None
 
     async def serve(self) -> None:
         """Starts, serves until SIGTERM or SIGINT, and stops.
@@ -53,14 +56,16 @@ class Server:
         Raises:
             StartError: if the port is taken or the address is wrong.
         """
-        await self.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        await self.start()
         try:
-            await self._until_stopped()
+            await self._stop.wait()
         finally:
             await self.shut_down()
+        if self._failure is not None:
+            raise StartError("a part of the server died; its log says which") from self._failure
 
     async def start(self) -> None:
         """Listens and begins to load what the registry asks for."""
@@ -110,6 +115,7 @@ class Server:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("a part of the server died; it stops", exc_info=error)
+            self._failure = error
             self._stop.set()
 
     def _on_signal(self) -> None:
@@ -117,9 +123,6 @@ class Server:
             _log.warning("second signal: out at once")
             os._exit(_SECOND_SIGNAL_STATUS)
         self._stop.set()
-
-    async def _until_stopped(self) -> None:
-        await self._stop.wait()
 
     async def shut_down(self) -> None:
         """Turns NOT_SERVING, answers what has been accepted, and ends every process.
@@ -130,12 +133,13 @@ class Server:
         options = self._options
         _log.info("stopping: not serving, new calls are taken for another %g s", options.lame_duck_s)
         limit_s = options.lame_duck_s + options.grace_s + _HARD_EXIT_S
-        hard_exit = asyncio.get_running_loop().call_later(limit_s, _exit_hard)
+        _exit_after(limit_s)
         await self._health.shut_down()
         await asyncio.sleep(options.lame_duck_s)
         self._models.drain()
         self._prediction.drain()
         stopping = asyncio.get_running_loop().create_task(self._grpc.stop(options.grace_s))
+        await asyncio.sleep(_HANDLER_START_S)  # what core has accepted by now gets its handler
         idle = asyncio.get_running_loop().create_task(self._prediction.wait_idle())
         await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
         self._prediction.refuse()
@@ -145,9 +149,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(Exception):
-            await self._manager.stop()
-        hard_exit.cancel()
+        await self._manager.stop()
         _log.info("stopped")
 
 
@@ -166,9 +168,16 @@ def channel_options(options: RpcOptions) -> list[tuple[str, int]]:
     ]
 
 
-def _exit_hard() -> None:
-    _log.error("something hangs past the grace; out at once")
-    os._exit(0)
+def _exit_after(limit_s: float) -> None:
+    """Ends the process ``limit_s`` seconds from now if it is still there, even if the event loop hangs."""
+
+    def leave() -> None:
+        _log.error("something hangs past the grace; out at once")
+        os._exit(_HUNG_STATUS)
+
+    timer = threading.Timer(limit_s, leave)
+    timer.daemon = True
+    timer.start()
 
 
 def _shown_address(address: str, port: int) -> str:

@@ -6,6 +6,8 @@ ServeError
 |-- NotLoadedError        it exists, but is not loaded
 |-- OverloadedError       the queue is full
 |-- TooLargeError         the answer does not fit into a message
+|-- StalledError          the caller does not read its answers
+|-- CallerGoneError       nobody is left to answer
 |-- NotAvailableError     nothing can answer at the moment
 |-- ExpiredError          the deadline passed before the call ran
 `-- ModelFailureError     the model itself failed
@@ -45,6 +47,14 @@ class OverloadedError(ServeError):
 
 class TooLargeError(ServeError):
     """The answer does not fit into a message."""
+
+
+class StalledError(OverloadedError):
+    """The caller of a stream does not read its answers."""
+
+
+class CallerGoneError(ServeError):
+    """The call has ended on the caller's side."""
 
 
 class NotAvailableError(ServeError):

@@ -112,10 +112,14 @@ class RpcOptions:
     stream_window_bytes: int = 4 * MIB
     """The most bytes of one stream's messages that are worked on at once, if one message is not
     larger by itself. Default 4 MiB."""
+    stream_stall_s: float = 60.0
+    """How long an answer of a stream may wait for its caller to read before the stream is ended, in
+    seconds. Default 60."""
     reuse_port: bool = False
     """Let several servers share the port. Default off."""
 
     def __post_init__(self) -> None:
+        _require(self.stream_stall_s > 0, "stream_stall_s must be above 0")
         _require(1024 <= self.max_message_bytes < 2**31, "max_message_bytes must be in 1024 .. 2^31 - 1")
         for name in (
             "max_concurrent_calls",

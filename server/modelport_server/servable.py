@@ -14,7 +14,7 @@ from modelport.names import shown
 from modelport_registry import Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
-from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError
+from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError
 from modelport_server.once import Signal
 from modelport_server.options import BatchLimits, EngineLimits
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _CRASHES_TO_REJECT = 3
 _CRASH_WINDOW_S = 60.0
+_UNREADABLE_S = 1.0
 DEFAULT_SIGNATURE = "serving_default"
 
 
@@ -63,7 +64,7 @@ class Servable:
         engine_limits: EngineLimits,
         *,
         on_state: Callable[[str], None],
-        on_rejected: Callable[[str, str], None],
+        on_rejected: Callable[[str, str], object],
     ) -> None:
         self.model = order.model
         self.version = order.version
@@ -79,13 +80,19 @@ class Servable:
         self._engine: EngineProcess | None = None
         self._batcher = Batcher(self, limits, order.version)
         self._leases = 0
+        self._streams = 0
         self._crashes: deque[float] = deque(maxlen=_CRASHES_TO_REJECT)
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
     def leases(self) -> int:
-        """How many calls and streams hold on to it."""
+        """How many calls it has under way."""
         return self._leases
+
+    @property
+    def streams(self) -> int:
+        """How many streams are pinned to it."""
+        return self._streams
 
     @property
     def pid(self) -> int:
@@ -142,7 +149,7 @@ class Servable:
                 self._give_up("crash", f"its engine died {_CRASHES_TO_REJECT} times within a minute: {why}")
                 return
             try:
-                await self._load()
+                await self._load_again()
             except RejectedError as error:
                 self._give_up(error.gate, str(error))
                 return
@@ -151,6 +158,17 @@ class Servable:
                 self._give_up("load", "its engine can't be started again")
                 return
             self._batcher.resume()
+
+    async def _load_again(self) -> None:
+        """Loads until the version can be read."""
+        while True:
+            try:
+                await self._load()
+            except (UnreadableError, OSError) as error:
+                _log.warning("%s@%d: the engine can't be started now: %s", self.model, self.version, error)
+                await asyncio.sleep(_UNREADABLE_S)
+            else:
+                return
 
     def _give_up(self, gate: str, reason: str) -> None:
         self._batcher.close(NotAvailableError("the version's engine keeps failing"))
@@ -166,8 +184,16 @@ class Servable:
         if self._engine is not None:
             await self._engine.stop()
 
+    def pin(self) -> None:
+        """Counts a stream that is pinned to it: the servable is not retired before the stream is told."""
+        self._streams += 1
+
+    def unpin(self) -> None:
+        """Counts the end of a stream that was pinned to it."""
+        self._streams -= 1
+
     def acquire(self) -> None:
-        """Takes a lease: the servable is not retired while it is held."""
+        """Takes a call's lease: the servable is not retired while it is held."""
         self._leases += 1
 
     def release(self) -> None:
@@ -239,6 +265,8 @@ class Servable:
             await self._batcher.room(call)
             return
         try:
-            await asyncio.wait_for(self._batcher.room(call), max(call.deadline - monotonic(), 0))
+            # Not wait_for: it runs a task of its own, and between the two somebody else may take the room.
+            async with asyncio.timeout(max(call.deadline - monotonic(), 0)):
+                await self._batcher.room(call)
         except TimeoutError:
             return  # queueing it says that it has expired

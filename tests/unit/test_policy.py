@@ -103,7 +103,8 @@ D, V, L, W, A, G, T, R = (
     State.DISCOVERED, State.VERIFYING, State.LOADING, State.WARMING,
     State.AVAILABLE, State.DRAINING, State.RETIRED, State.REJECTED,
 )  # fmt: skip
-HELD = VersionSnapshot(state=G, leases=1)
+HELD = VersionSnapshot(state=G, streams=1)
+BUSY = VersionSnapshot(state=G, leases=1)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,11 @@ HELD = VersionSnapshot(state=G, leases=1)
         (_model({1: T, 2: A}, serving=2), None),
         (_model({1: replace(HELD, age_s=61), 2: A}, serving=2), Action(Verb.END_STREAMS, 1)),
         (_model({1: replace(HELD, age_s=61, streams_ended=True), 2: A}, serving=2), None),
+        (_model({1: replace(HELD, streams_ended=True, streams_ended_s=9), 2: A}, serving=2), Action(Verb.RETIRE, 1)),
+        (_model({1: replace(BUSY, streams_ended=True, streams_ended_s=9), 2: A}, serving=2), None),
+        (_model({1: BUSY, 2: A}, serving=2), None),
+        # a version that could not be read waits
+        (_model({1: A, 2: VersionSnapshot(state=D, put_off=True)}, serving=1), None),
         # an alias decides who serves and keeps what it names
         (_model({1: A, 2: A}, serving=2, stable=1), Action(Verb.SERVE, 1)),
         (_model({1: A, 2: A}, serving=2, canary=1), None),
@@ -181,9 +187,11 @@ _version = st.builds(
     VersionSnapshot,
     state=st.sampled_from(State),
     leases=st.integers(0, 2),
+    streams=st.integers(0, 2),
     age_s=st.sampled_from([0.0, 100.0]),
     in_registry=st.booleans(),
     streams_ended=st.booleans(),
+    streams_ended_s=st.sampled_from([0.0, 100.0]),
 )
 
 
@@ -240,7 +248,7 @@ def _after(snapshot: ModelSnapshot, action: Action) -> ModelSnapshot:
     if action.verb is Verb.SERVE:
         return replace(snapshot, serving=action.version)
     if action.verb is Verb.END_STREAMS:
-        version = replace(version, streams_ended=True, leases=0)
+        version = replace(version, streams_ended=True, leases=0, streams=0)
     else:
         ended = version.streams_ended and action.verb is Verb.DRAIN
         version = replace(version, state=states[action.verb], age_s=0.0, streams_ended=ended)
@@ -259,7 +267,7 @@ def _settled(snapshot: ModelSnapshot) -> ModelSnapshot:
         moved = {
             n: replace(v, state=State.AVAILABLE)
             if v.state in COMING
-            else replace(v, leases=0)
+            else replace(v, leases=0, streams=0)
             if v.state is State.DRAINING
             else v
             for n, v in snapshot.versions.items()

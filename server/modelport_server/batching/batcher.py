@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, BatchRunner, Call, Key, Part
@@ -180,11 +180,20 @@ class Batcher:
     def _next_batch(self) -> Batch | None:
         while self._retries:
             retry = self._retries.popleft()
+            self._expire(part.call for part in retry.parts)
             parts = [part for part in retry.parts if not part.call.ended]
             if parts:
                 return Batch(retry.signature, parts)
-        for key in self._keys_oldest_first():
-            selection = close_batch(self._live(key), self._limits, in_flight=len(self._in_flight))
+        keys = self._keys_oldest_first()
+        for key in keys:
+            if close_batch(self._live(key), self._limits, in_flight=len(self._in_flight)) is not None:
+                return self._close_oldest(keys)
+        return None
+
+    def _close_oldest(self, keys: list[Key]) -> Batch | None:
+        """Takes from the key that has waited longest, full or not: else a busy one would starve it."""
+        for key in keys:
+            selection = close_batch(self._live(key), self._limits, in_flight=0)
             if selection is not None:
                 return self._take(key, selection.parts)
         return None
@@ -224,6 +233,13 @@ class Batcher:
             del self._waiting[key]
         self._wake_room()
         return Batch(last.signature, parts)
+
+    def _expire(self, calls: Iterable[Call]) -> None:
+        """Ends those of ``calls`` that have expired before they could be run again."""
+        now = self._clock()
+        for call in calls:
+            if call.deadline <= now:
+                call.fail(ExpiredError("the deadline passed before the call could be run again"))
 
     def _watch_deadline(self, deadline: float) -> None:
         """Sees to it that a call which nothing takes from the queue still ends when it expires."""

@@ -24,7 +24,7 @@ from modelport_server.tensors import RawTensor, cut_rows, join_rows
 
 _log = logging.getLogger(__name__)
 _SLOTS = 2
-_STOP_S = 5.0
+_STOP_S = 1.0
 _MEMORY_POLL_S = 0.2
 _ENDED = "the engine process ended"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

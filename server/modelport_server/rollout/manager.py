@@ -101,6 +101,7 @@ class ModelRollout:
         self._versions: dict[int, Tracked] = {}
         self._aliases: Mapping[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loading: set[asyncio.Task[None]] = set()
         self._warned: set[str] = set()
 
     @property
@@ -150,7 +151,7 @@ class ModelRollout:
         _log.debug("%s@%d: %s", self._name, action.version, action.verb.value)
         if action.verb is Verb.LOAD:
             tracked.become(State.VERIFYING)
-            self._spawn(self._load(tracked))
+            self._loading.add(self._spawn(self._load(tracked)))
         elif action.verb is Verb.SERVE:
             self._serve(tracked)
         elif action.verb is Verb.DRAIN:
@@ -163,13 +164,15 @@ class ModelRollout:
         elif action.verb is Verb.RETIRE:
             self._retire(tracked)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
+        return task
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._loading.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s: a step of the rollout failed", self._name, exc_info=error)
         self._changed()
@@ -322,9 +325,10 @@ class ModelRollout:
 
     async def stop(self) -> None:
         """Ends all its engines and tasks."""
-        for task in list(self._tasks):
+        for task in self._loading:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # what retires a version or writes to the journal comes to its end
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         self._route.serving = None
         self._route.available.clear()
         loaded = [tracked for tracked in self._versions.values() if tracked.servable is not None]
@@ -347,10 +351,12 @@ def _version_snapshot(tracked: Tracked, now: float) -> VersionSnapshot:
     return VersionSnapshot(
         state=tracked.state,
         leases=servable.leases if servable is not None else 0,
+        streams=servable.streams if servable is not None else 0,
         age_s=now - tracked.since_s,
         in_registry=tracked.in_registry,
         put_off=now < tracked.retry_at_s,
         streams_ended=servable is not None and servable.retire_streams.is_set(),
+        streams_ended_s=servable.retire_streams.age_s if servable is not None else 0.0,
     )
 
 
@@ -393,7 +399,7 @@ class RolloutManager:
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
-        self._manifests: dict[tuple[str, int], Manifest | None] = {}
+        self._manifests: dict[str, dict[int, Manifest | None]] = {}
 
     async def run(self) -> None:
         """Works until it is cancelled."""
@@ -448,17 +454,18 @@ class RolloutManager:
     def _view(self, name: str) -> ModelView:
         if not self._registry.exists(name):
             return ModelView({}, {})
-        versions = {number: self._manifest(name, number) for number in self._registry.versions(name)}
+        known = self._manifests.get(name, {})
+        numbers = self._registry.versions(name)
+        # A manifest never changes, so that it is read once.
+        versions = {number: known.get(number) or self._manifest(name, number) for number in numbers}
+        self._manifests[name] = versions
         return ModelView(versions, self._registry.state(name).aliases)
 
     def _manifest(self, name: str, number: int) -> Manifest | None:
-        """Returns a version's manifest, which never changes, so that it is read once."""
-        if (name, number) not in self._manifests:
-            try:
-                self._manifests[name, number] = self._registry.manifest(name, number)
-            except (OSError, ModelportError):
-                self._manifests[name, number] = None  # loading it says what is wrong with it
-        return self._manifests[name, number]
+        try:
+            return self._registry.manifest(name, number)
+        except (OSError, ModelportError):
+            return None  # loading it says what is wrong with it
 
     def _observe(self, view: Mapping[str, ModelView | None]) -> None:
         for name in view.keys() - self._models.keys():

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 STABLE = "stable"
+STREAM_END_S = 5.0
+"""How long streams that were told to end may take; one whose caller reads nothing never would."""
 
 
 class State(enum.Enum):
@@ -55,12 +57,16 @@ class VersionSnapshot:
 
     state: State
     leases: int = 0
-    """How many calls and streams hold on to it."""
+    """How many calls it has under way."""
+    streams: int = 0
+    """How many streams are pinned to it."""
     age_s: float = 0.0
     """How long it has been in its state, in seconds."""
     in_registry: bool = True
     streams_ended: bool = False
     """Whether its streams have been told to end."""
+    streams_ended_s: float = 0.0
+    """How long ago, in seconds."""
     put_off: bool = False
     """Whether it could not be read, and it is too early to try again."""
 
@@ -132,7 +138,7 @@ def _let_go(snapshot: ModelSnapshot, aspired: set[int]) -> Action | None:
         if version.state is State.DRAINING:
             if number in aspired and not version.streams_ended:
                 return Action(Verb.REVIVE, number)
-            if version.leases == 0:
+            if version.leases == 0 and (version.streams == 0 or version.streams_ended_s > STREAM_END_S):
                 return Action(Verb.RETIRE, number)
             if version.age_s > snapshot.pinned_stream_limit_s and not version.streams_ended:
                 return Action(Verb.END_STREAMS, number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -29,6 +29,10 @@ class Context(Protocol):
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> Any:
         """Ends the call with a status; never returns."""
+        ...
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Has ``callback`` called once the call has ended, its answer sent."""
         ...
 
     def time_remaining(self) -> float | None:

@@ -16,7 +16,7 @@ from modelport_server.errors import InvalidCallError, ServeError, UnknownNameErr
 from modelport_server.once import Signal
 from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
 from modelport_server.rpc._grpc import Context, generic_handler
-from modelport_server.rpc.status import abort
+from modelport_server.rpc.status import abort, guarded
 
 SERVICE = "modelport.v1.ModelService"
 _Message = TypeVar("_Message", bound=Message)
@@ -43,20 +43,19 @@ class ModelService:
         self._drain.set()
 
     async def _list_models(self, raw: bytes, context: Context) -> bytes | None:
-        try:
+        async def work() -> bytes:
             _parse(model_pb2.ListModelsRequest, raw)
-            response = model_pb2.ListModelsResponse(models=[_model(status) for status in self._board.models()])
-        except ServeError as error:
-            await abort(context, error)
-        return response.SerializeToString()
+            models = [_model(status) for status in self._board.models()]
+            return model_pb2.ListModelsResponse(models=models).SerializeToString()
+
+        return await guarded(context, work)
 
     async def _get_model(self, raw: bytes, context: Context) -> bytes | None:
-        try:
+        async def work() -> bytes:
             request = _parse(model_pb2.GetModelRequest, raw)
-            response = model_pb2.GetModelResponse(model=_model(self._find(request.model)))
-        except ServeError as error:
-            await abort(context, error)
-        return response.SerializeToString()
+            return model_pb2.GetModelResponse(model=_model(self._find(request.model))).SerializeToString()
+
+        return await guarded(context, work)
 
     async def _watch_models(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
         try:
@@ -68,14 +67,15 @@ class ModelService:
             return
         drained = asyncio.Event()
         unsubscribe = self._drain.subscribe(drained.set)
-        edition = 0
+        edition, told = 0, False
         try:
             while not drained.is_set():
                 news = self._board.since(edition)
                 edition = self._board.edition
                 for name, status in news:
-                    if wanted in ("", name):
+                    if wanted in ("", name) and (status is not None or told):
                         yield _watch_response(name, status).SerializeToString()
+                told = True
                 await _first_of(drained.wait(), self._board.wait(edition))
         finally:
             unsubscribe()

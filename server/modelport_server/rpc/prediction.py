@@ -10,9 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from modelport_server.batching.calls import Answer, Call
 from modelport_server.errors import NotAvailableError
 from modelport_server.once import Signal
@@ -20,7 +17,7 @@ from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of, generic_handler
 from modelport_server.rpc.codec import Request, packed, parse_predict, to_request, to_response
-from modelport_server.rpc.status import abort
+from modelport_server.rpc.status import abort, guarded
 from modelport_server.rpc.streams import PredictStream
 from modelport_server.servable import Servable
 
@@ -66,16 +63,13 @@ class PredictionService:
             await abort(context, NotAvailableError("the server is stopping"))
         self._in_flight += 1
         self._idle.clear()
-        try:
-            return await work()
-        except (grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception as error:  # status_of logs what it does not know
-            await abort(context, error)
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+        context.add_done_callback(self._on_call_ended)  # not when the handler returns: its answer is not sent then
+        return await guarded(context, work)
+
+    def _on_call_ended(self, _: object) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
 
     async def _predict(self, raw: bytes, context: Context) -> bytes | None:
         return await self._counted(context, lambda: self._answer(raw, context))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc
+import grpc.aio
 
 from modelport_server import errors
+from modelport_server.errors import CallerGoneError
 from modelport_server.rpc._grpc import Context
 
 _log = logging.getLogger(__name__)
@@ -21,6 +25,8 @@ _CODES: dict[type[errors.ServeError], grpc.StatusCode] = {
     errors.UnknownNameError: grpc.StatusCode.NOT_FOUND,
     errors.NotLoadedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StalledError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.CallerGoneError: grpc.StatusCode.CANCELLED,
     errors.TooLargeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotAvailableError: grpc.StatusCode.UNAVAILABLE,
     errors.EngineDiedError: grpc.StatusCode.UNAVAILABLE,
@@ -58,6 +64,19 @@ def status_of(error: BaseException) -> Status:
 
 def _cut(text: str) -> str:
     return text.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
+
+
+async def guarded(context: Context, work: Callable[[], Awaitable[bytes | None]]) -> bytes | None:
+    """Returns what ``work`` returns; an error of it ends the call with its status."""
+    try:
+        return await work()
+    except (grpc.aio.AbortError, asyncio.CancelledError):
+        raise
+    except CallerGoneError as error:
+        _log.debug("a caller went away: %s", error.__cause__)
+        return None
+    except Exception as error:  # status_of logs what it does not know
+        await abort(context, error)
 
 
 async def abort(context: Context, error: BaseException) -> NoReturn:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from modelport.v1 import prediction_pb2 as pb
 from modelport_server.batching.calls import Answer
-from modelport_server.errors import InvalidCallError, TooLargeError
+from modelport_server.errors import CallerGoneError, InvalidCallError, StalledError, TooLargeError
 from modelport_server.once import Signal
 from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
@@ -19,12 +19,13 @@ from modelport_server.rpc.status import status_of
 from modelport_server.servable import Servable
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Pending:
     """A message that has been read and not been answered."""
 
     sequence: int
     size: int
+    """Bytes that it holds: the request's, or once there is one the answer's."""
     outputs: tuple[str, ...]
     servable: Servable | None
     result: asyncio.Future[Answer]
@@ -75,9 +76,10 @@ class PredictStream:
             for unsubscribe in self._unsubscribe:
                 unsubscribe()
             for pending in self._pending:
-                pending.result.cancel()
+                if not pending.result.cancel() and not pending.result.cancelled():
+                    pending.result.exception()  # seen, though nobody is left to hear of it
             if self._pinned is not None:
-                self._pinned.release()
+                self._pinned.unpin()
         if reader.done() and not reader.cancelled() and (error := reader.exception()) is not None:
             raise error
 
@@ -168,7 +170,7 @@ class PredictStream:
             )
 
     def _pin(self, servable: Servable) -> None:
-        servable.acquire()
+        servable.pin()
         self._pinned = servable
         self._unsubscribe.append(servable.retire_streams.subscribe(self._on_retired))
 
@@ -189,13 +191,32 @@ class PredictStream:
     def _append(self, pending: _Pending) -> None:
         self._pending.append(pending)
         self._pending_bytes += pending.size
-        pending.result.add_done_callback(lambda _: self._wake.set())
+        pending.result.add_done_callback(lambda _: self._on_answer(pending))
         self._wake.set()
+
+    def _on_answer(self, pending: _Pending) -> None:
+        """Counts an answer's bytes instead of its request's: what is held until the caller reads it."""
+        result = pending.result
+        if not result.cancelled() and result.exception() is None:
+            size = sum(len(tensor.data) for tensor in result.result().outputs)
+            self._pending_bytes += size - pending.size
+            pending.size = size
+        self._wake.set()
+
+    async def _send(self, message: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._options.stream_stall_s):
+                await self._context.write(message)
+        except TimeoutError:
+            stall_s = self._options.stream_stall_s
+            raise StalledError(f"the stream's answers were not read for {stall_s:g} s", retry_after_s=0.0) from None
+        except Exception as error:
+            raise CallerGoneError("the caller is gone") from error
 
     async def _write(self) -> None:
         while True:
             while self._notices:
-                await self._context.write(_noticed(self._notices.popleft()))
+                await self._send(_noticed(self._notices.popleft()))
             if self._pending and self._pending[0].result.done():
                 await self._write_answer()
                 continue
@@ -209,7 +230,7 @@ class PredictStream:
 
     async def _write_answer(self) -> None:
         pending = self._pending[0]
-        await self._context.write(_reply(pending, self._options.max_message_bytes))
+        await self._send(_reply(pending, self._options.max_message_bytes))
         self._pending.popleft()
         self._pending_bytes -= pending.size
         self._room.set()
@@ -221,7 +242,7 @@ class PredictStream:
             message=f"version {self._pinned.version} of {self._pinned.model!r} is retired",
             version=self._pinned.version,
         )
-        await self._context.write(_noticed(notice))
+        await self._send(_noticed(notice))
 
 
 def _names_of(message: pb.PredictRequest) -> pb.PredictRequest:
