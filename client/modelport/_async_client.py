@@ -185,7 +185,8 @@ class AsyncClient:
         A connection that breaks is resumed: what has no answer is sent again, and every batch is
         answered once. At most ``window`` batches are taken from ``batches`` ahead of the answers. All
         are answered by one version, unless ``follow`` is set or that version is retired meanwhile;
-        each result names its version.
+        each result names its version. Where the next version is called otherwise, lists that were
+        taken before that was known may be refused; give arrays where that matters.
 
         Args:
             model: the model's name.
@@ -292,10 +293,11 @@ class AsyncClient:
         self, target: Target, batches: AsyncIterable[Inputs] | Iterable[Inputs], options: StreamOptions
     ) -> BulkCall:
         """Returns a stream that is not begun yet; for the blocking client, and to be closed by its owner."""
+        conversation = Conversation(target, options, self._retrier, self._server, self._signatures)
         bulk_call = BulkCall(
-            Conversation(target, options, self._retrier, self._server),
+            conversation,
             self._open_stream,
-            self._requests(batches, target),
+            self._requests(batches, target, conversation),
             target=target,
             options=options,
             retrier=self._retrier,
@@ -317,21 +319,29 @@ class AsyncClient:
             await bulk_call.aclose()
 
     async def _requests(
-        self, batches: AsyncIterable[Inputs] | Iterable[Inputs], target: Target
+        self, batches: AsyncIterable[Inputs] | Iterable[Inputs], target: Target, conversation: Conversation
     ) -> AsyncGenerator[Batch, None]:
         async for batch in _iterated(batches):
             try:
-                yield await self._request(batch, target)
+                yield await self._request(batch, target, conversation.pinned_version)
             except (InputError, InvalidArgumentError) as error:
                 yield error
 
-    async def _request(self, inputs: Inputs, target: Target) -> prediction_pb2.PredictRequest:
-        deadline = self._deadline(None)
-        signature = await self._signature(target, deadline) if _inputs.needs_signature(inputs) else None
+    async def _request(self, inputs: Inputs, target: Target, pinned: int | None) -> prediction_pb2.PredictRequest:
+        signature = await self._stream_signature(target, pinned) if _inputs.needs_signature(inputs) else None
         message = _inputs.request(_inputs.named_arrays(inputs, signature), target)
         if not _inputs.fits(message, self._options.max_message_bytes):
             raise _inputs.too_large(message.ByteSize(), self._options.max_message_bytes)
         return message
+
+    async def _stream_signature(self, target: Target, pinned: int | None) -> SignatureInfo:
+        deadline = self._deadline(None)
+        if pinned is not None:
+            try:
+                return await self._signature(_signatures.at_version(target, pinned), deadline)
+            except (NotFoundError, InvalidArgumentError):
+                pass  # it is gone, which the stream is about to learn
+        return await self._signature(target, deadline)
 
     async def _predict(self, target: Target, inputs: Inputs, deadline: float) -> Prediction:
         limit = self._options.max_message_bytes
@@ -366,7 +376,8 @@ class AsyncClient:
     async def _joined_parts(
         self, target: Target, arrays: dict[str, Any], signature: SignatureInfo, deadline: float
     ) -> Prediction:
-        options = StreamOptions(one_version=True, resume_timeout_s=max(0.0, deadline - time.monotonic()))
+        left_s = max(0.001, deadline - time.monotonic())
+        options = StreamOptions(one_version=True, resume_timeout_s=left_s, answer_timeout_s=left_s)
         answer_bytes = _inputs.answer_row_bytes(signature, target.outputs)
         parts = _inputs.parts(arrays, self._options.max_message_bytes, answer_bytes)
         bulk_call = self.bulk_call(target, parts, options)

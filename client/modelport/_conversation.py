@@ -22,6 +22,7 @@ from modelport._inputs import address
 from modelport._options import StreamOptions, Target
 from modelport._results import Prediction, StreamResult, prediction
 from modelport._retry import Retrier
+from modelport._signatures import SignatureCache
 from modelport._status import code_of_number, rpc_error
 from modelport.exceptions import ModelportError, VersionRetiredError
 from modelport.v1 import prediction_pb2
@@ -63,13 +64,28 @@ class Conversation:
     """One stream of batches over any number of connections.
 
     Sequence numbers on the wire are a batch's index + 1.
+
+    Args:
+        target: what is asked, and of which version.
+        options: how the stream is run.
+        retrier: when a batch is sent again.
+        server: the address for messages.
+        signatures: what is known of how models are called; learns from the answers.
     """
 
-    def __init__(self, target: Target, options: StreamOptions, retrier: Retrier, server: str) -> None:
+    def __init__(
+        self,
+        target: Target,
+        options: StreamOptions,
+        retrier: Retrier,
+        server: str,
+        signatures: SignatureCache | None = None,
+    ) -> None:
         self._target = target
         self._options = options
         self._retrier = retrier
         self._server = server
+        self._signatures = signatures or SignatureCache()
         self._batches: deque[_Batch] = deque()
         self._sent: deque[_Batch] = deque()  # on this connection and unanswered, in order
         self._added = 0
@@ -178,6 +194,7 @@ class Conversation:
             VersionRetiredError: if no other version may take its place.
         """
         version = self.pinned_version
+        self._signatures.forget(self._target)
         if self._options.one_version or self._target.version is not None:
             raise VersionRetiredError(
                 f"version {version or self._target.version} of {self._target.model} is not served any more: {why}",
@@ -234,6 +251,8 @@ class Conversation:
         batch = self._claim(response.sequence)
         if batch is None:
             return
+        if response.version != self.pinned_version:
+            self._signatures.answered(self._target, response.version)
         self._pin(response.version)
         self._was_answered = True
         self._retrier.budget.succeeded()
@@ -253,6 +272,8 @@ class Conversation:
             return
         if error.version:
             self._pin(error.version)
+        if code is _Code.INVALID_ARGUMENT:
+            self._signatures.forget(self._target)
         batch.failures += 1
         wait_s = self._retry_wait_s(batch, code, error.retry_after_ms / 1000, now)
         if wait_s is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import grpc
 
 from modelport._models import DEFAULT_SIGNATURE, ModelInfo, SignatureInfo, VersionInfo
@@ -28,7 +30,8 @@ class SignatureCache:
         """Remembers a signature and the version that has it."""
         if len(self._entries) >= _MAX_ENTRIES:
             self._entries.clear()
-        self._entries[_key(target)] = (version, signature)
+        for known in (target, at_version(target, version)):
+            self._entries[_key(known)] = (version, signature)
 
     def answered(self, target: Target, version: int) -> None:
         """Takes note of the version that answered: of another one's signature nothing is known."""
@@ -39,6 +42,11 @@ class SignatureCache:
     def forget(self, target: Target) -> None:
         """Forgets what ``target`` asks for."""
         self._entries.pop(_key(target), None)
+
+
+def at_version(target: Target, version: int) -> Target:
+    """Returns the target that asks for the same of one version."""
+    return replace(target, version=version, alias=None)
 
 
 def find(model: ModelInfo, target: Target) -> tuple[int, SignatureInfo]:
