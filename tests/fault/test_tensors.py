@@ -45,7 +45,8 @@ def process(zoo: Zoo) -> Generator[psutil.Process]:
     yield zoo.process
     assert zoo.process.is_running()
     assert {child.pid for child in zoo.process.children()} == children
-    wait_back(zoo.process, before, rss_bytes=64 * MIB, fds=2, threads=2)
+    mapped_on_first_use = 4 * len(children)  # regions of shared memory, each with a file descriptor
+    wait_back(zoo.process, before, rss_bytes=64 * MIB, fds=2 + mapped_on_first_use, threads=2)
 
 
 @pytest.fixture(scope="module")
