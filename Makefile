@@ -67,9 +67,6 @@ protos: $(INSTALLED) ## write the stubs of protos/ anew
 cli-docs: $(INSTALLED) ## write the reference of the command line anew
 	@$(BIN)/python docs/make_cli.py
 
-cli-docs: $(INSTALLED) ## write docs/cli.md anew, from the commands' own help
-	@$(BIN)/python docs/make_cli.py
-
 format: $(INSTALLED) ## format the code
 	@$(RUFF) check --quiet --fix-only .
 	@$(RUFF) format .

@@ -207,3 +207,21 @@ async def test_a_call_that_ran_out_of_time_is_not_even_queued() -> None:
     with pytest.raises(ExpiredError):
         batcher.submit(new_call([1], deadline=asyncio.get_running_loop().time() - 1))
     assert batcher.waiting_rows == 0
+
+
+async def test_a_busy_signature_does_not_starve_another() -> None:
+    engine = FakeEngine(slots=2)
+    batcher = _batcher(engine, max_batch_size=4)
+    numbers_of = iter(range(10_000))
+    for _ in range(4):
+        batcher.submit(new_call([next(numbers_of) for _ in range(4)]))
+    lone = new_call([7], signature="texts")
+    batcher.submit(lone)
+    for _ in range(6):  # the busy one always has full batches waiting
+        batcher.submit(new_call([next(numbers_of) for _ in range(4)]))
+        await settle()
+        run = engine.runs[0]
+        run.end.set_result(run.output())
+        await settle()
+    assert lone.future.done()
+    assert ids_of(lone.future.result().outputs[0]) == [7]
