@@ -25,7 +25,8 @@ def test_engines_live_under_process_one(tmp_path: Path, publish_tag: Callable[[P
         command = [*NAMESPACE, *serve, "--address", "127.0.0.1:0"]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-        X
+            ended = ("toy@1: serving", "toy@1: rejected")
+            wait_for(lambda: any(text in said(tmp_path) for text in ended), "the version to come up")
             assert "toy@1: serving" in said(tmp_path)
         finally:
             process.send_signal(signal.SIGKILL)
