@@ -16,7 +16,7 @@ import numpy as np
 
 from modelport import _health, _inputs, _results, _signatures, _status
 from modelport._bulk import Batch, BulkCall, Call
-from modelport._channel import checked_addresses, open_channel
+from modelport._channel import channel_target, checked_addresses, open_channel
 from modelport._conversation import Conversation
 from modelport._inputs import Inputs
 from modelport._models import ModelChange, ModelInfo, SignatureInfo, model_info
@@ -67,7 +67,8 @@ class AsyncClient:
 
     Args:
         address: ``host:port`` or ``unix:path``, or several ``host:port`` between which calls are
-            shared out among those that are up and ready.
+            shared out among those that are up and ready. Of several, hosts given by name are looked up
+            once, with the first call; a single one whenever a connection is made.
         timeout_s: how long a call may take, with all its attempts, in seconds.
         retry: when and how often a call is tried again.
         keepalive: how connections that went dead are noticed.
@@ -214,7 +215,7 @@ class AsyncClient:
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelInfo]:
         """Returns every model that the server serves or tries to serve, by name."""
-        stub = self._connected().models
+        stub = (await self._connected()).models
         request = model_pb2.ListModelsRequest()
         response = await self._call(stub.ListModels, request, self._deadline(timeout_s))
         return [model_info(message) for message in response.models]
@@ -237,7 +238,8 @@ class AsyncClient:
         """
         losses = 0
         while True:
-            call = self._connected().models.WatchModels(model_pb2.WatchModelsRequest(model=model))
+            stub = (await self._connected()).models
+            call = stub.WatchModels(model_pb2.WatchModelsRequest(model=model))
             try:
                 async for response in call:
                     losses = 0
@@ -263,7 +265,7 @@ class AsyncClient:
         """
         request = _health.request(model)
         try:
-            answer = await self._call(self._connected().health, request, self._deadline(timeout_s))
+            answer = await self._call((await self._connected()).health, request, self._deadline(timeout_s))
         except NotFoundError:
             return False
         return _health.status(answer) == _health.SERVING
@@ -306,8 +308,8 @@ class AsyncClient:
         self._bulk_calls.add(bulk_call)
         return bulk_call
 
-    def _open_stream(self) -> Call:
-        method = cast("Callable[[], Call]", self._connected().predictions.PredictStream)
+    async def _open_stream(self) -> Call:
+        method = cast("Callable[[], Call]", (await self._connected()).predictions.PredictStream)
         return method()
 
     @staticmethod
@@ -353,7 +355,7 @@ class AsyncClient:
         if not _inputs.fits(message, limit):
             return await self._predict_in_parts(target, arrays, deadline)
         _inputs.address(message, target)
-        response = await self._call(self._connected().predictions.Predict, message, deadline)
+        response = await self._call((await self._connected()).predictions.Predict, message, deadline)
         self._signatures.answered(target, response.version)
         return _results.prediction(response)
 
@@ -399,7 +401,7 @@ class AsyncClient:
 
     async def _model(self, name: str, deadline: float) -> ModelInfo:
         request = model_pb2.GetModelRequest(model=name)
-        response = await self._call(self._connected().models.GetModel, request, deadline)
+        response = await self._call((await self._connected()).models.GetModel, request, deadline)
         return model_info(response.model)
 
     async def _call(self, method: _Method[RequestT, T], request: RequestT, deadline: float) -> T:
@@ -430,17 +432,13 @@ class AsyncClient:
             return None
         return self._retrier.wait_s(attempt, failure.retry_after_s)
 
-    def _connected(self) -> _Connection:
-        if self._is_closed:
+    async def _connected(self) -> _Connection:
+        if self._connection is None and not self._is_closed:
+            target = await channel_target(self._addresses)
+            if self._connection is None and not self._is_closed:  # both may have come meanwhile
+                self._connection = _connection(open_channel(target, self._addresses, self._options))
+        if self._connection is None or self._is_closed:
             raise ClientClosedError("the client is closed")
-        if self._connection is None:
-            channel = open_channel(self._addresses, self._options)
-            self._connection = _Connection(
-                channel,
-                cast("PredictionServiceAsyncStub", prediction_pb2_grpc.PredictionServiceStub(channel)),
-                cast("ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(channel)),
-                cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_health.METHOD)),
-            )
         return self._connection
 
     def _deadline(self, timeout_s: float | None) -> float:
@@ -449,6 +447,15 @@ class AsyncClient:
     @property
     def _server(self) -> str:
         return ", ".join(self._addresses)
+
+
+def _connection(channel: grpc.aio.Channel) -> _Connection:
+    return _Connection(
+        channel,
+        cast("PredictionServiceAsyncStub", prediction_pb2_grpc.PredictionServiceStub(channel)),
+        cast("ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(channel)),
+        cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_health.METHOD)),
+    )
 
 
 def make_target(

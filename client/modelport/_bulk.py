@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class BulkCall:
     def __init__(
         self,
         conversation: Conversation,
-        open_call: Callable[[], Call],
+        open_call: Callable[[], Awaitable[Call]],
         source: AsyncGenerator[Batch, None],
         *,
         target: Target,
@@ -202,7 +202,7 @@ class BulkCall:
     async def _connection(self) -> _End:
         self._conversation.begin_connection()
         self._patience = asyncio.timeout(None)
-        call = self._open_call()
+        call = await self._open_call()
         writer = asyncio.create_task(self._write(call))
         try:
             async with self._patience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import socket
@@ -20,14 +21,27 @@ _RETRIED_METHODS = (
 )
 
 
-def open_channel(addresses: Sequence[str], options: ClientOptions) -> grpc.aio.Channel:
-    """Returns a channel to ``addresses``; must be called in the event loop that will use it.
+async def channel_target(addresses: Sequence[str]) -> str:
+    """Returns gRPC's name for ``addresses``: a single one as it is, several with their hosts looked up.
 
     Raises:
-        InputError: if an address is no address, or its host is not known.
+        InputError: if a host is not known.
+    """
+    if len(addresses) == 1:
+        return addresses[0]
+    found = await asyncio.gather(*[_resolved(*split_address(address)) for address in addresses])
+    return _joined([numeric for group in found for numeric in group])
+
+
+def open_channel(target: str, addresses: Sequence[str], options: ClientOptions) -> grpc.aio.Channel:
+    """Returns a channel to ``addresses``; must be called in the event loop that will use it.
+
+    Args:
+        target: what ``channel_target`` says of the addresses.
+        addresses: the addresses as they were given.
+        options: how the client behaves.
     """
     arguments = channel_arguments(options, several=len(addresses) > 1)
-    target = addresses[0] if len(addresses) == 1 else _joined(addresses)
     if options.tls is None:
         return grpc.aio.insecure_channel(target, options=arguments)
     tls = options.tls
@@ -107,8 +121,10 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _joined(addresses: Sequence[str]) -> str:
-    numeric = [found for address in addresses for found in _resolved(*split_address(address))]
+_Address = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
+
+
+def _joined(numeric: Sequence[_Address]) -> str:
     family = "ipv6" if any(ip.version == 6 for ip, _ in numeric) else "ipv4"
     if family == "ipv6":
         parts = [f"[{ip if ip.version == 6 else f'::ffff:{ip}'}]:{port}" for ip, port in numeric]
@@ -117,16 +133,13 @@ def _joined(addresses: Sequence[str]) -> str:
     return f"{family}:{','.join(dict.fromkeys(parts))}"
 
 
-_Address = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
-
-
-def _resolved(host: str, port: int) -> list[_Address]:
+async def _resolved(host: str, port: int) -> list[_Address]:
     try:
         return [(ipaddress.ip_address(host), port)]
     except ValueError:
         pass
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise InputError(f"no address is known for the host {host!r}: {error.strerror}") from error
     numeric = [(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]), port) for entry in found]

@@ -25,7 +25,8 @@ class Client:
 
     Args:
         address: ``host:port`` or ``unix:path``, or several ``host:port`` between which calls are
-            shared out among those that are up and ready.
+            shared out among those that are up and ready. Of several, hosts given by name are looked up
+            once, with the first call; a single one whenever a connection is made.
         timeout_s: how long a call may take, with all its attempts, in seconds.
         retry: when and how often a call is tried again.
         keepalive: how connections that went dead are noticed.
