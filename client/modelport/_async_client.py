@@ -145,7 +145,8 @@ class AsyncClient:
             alias: the alias whose version shall answer.
             signature: the signature to run; empty for ``serving_default``.
             outputs: the outputs wanted; None for all.
-            routing_key: calls with equal keys are routed alike while a rollout shares out traffic.
+            routing_key: reserved: sent, and used once rollouts share out traffic; calls with equal keys
+                will then be routed alike.
             timeout_s: how long the call may take, in seconds; None for the client's own.
 
         Raises:
@@ -196,7 +197,8 @@ class AsyncClient:
             alias: the alias whose version shall answer.
             signature: the signature to run; empty for ``serving_default``.
             outputs: the outputs wanted; None for all.
-            routing_key: calls with equal keys are routed alike while a rollout shares out traffic.
+            routing_key: reserved: sent, and used once rollouts share out traffic; calls with equal keys
+                will then be routed alike.
             follow: let each batch be answered by the version in charge when it arrives.
             window: how many batches are on their way at most.
             on_error: whether a batch's error is raised and ends the stream, or is returned as its result.

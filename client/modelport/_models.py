@@ -11,8 +11,6 @@ from types import MappingProxyType
 from modelport.tensors import DTYPES_BY_NUMBER
 from modelport.v1 import model_pb2
 
-DEFAULT_SIGNATURE = "serving_default"
-
 
 class VersionState(Enum):
     """Where a version stands in its life."""

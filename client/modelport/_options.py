@@ -119,7 +119,7 @@ class Target:
     outputs: tuple[str, ...] = ()
     """The outputs wanted; none means all."""
     routing_key: str = ""
-    """Calls with equal keys are routed alike while a rollout shares out traffic."""
+    """Reserved: sent, and used once rollouts share out traffic; calls with equal keys will then be routed alike."""
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model must be a name, not empty")

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import grpc
 
-from modelport._models import DEFAULT_SIGNATURE, ModelInfo, SignatureInfo, VersionInfo
+from modelport._models import ModelInfo, SignatureInfo, VersionInfo
 from modelport._options import Target
 from modelport.exceptions import InvalidArgumentError, NotFoundError, UnavailableError
-from modelport.names import shown
+from modelport.names import DEFAULT_SIGNATURE, shown
 
 _MAX_ENTRIES = 256
 _Key = tuple[str, int | None, str | None, str]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from modelport.exceptions import ClientClosedError
@@ -27,25 +29,34 @@ class LoopThread:
         self._is_closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs ``coroutine`` in the loop and returns or raises what it does; an interrupt cancels it.
+        """Runs ``coroutine`` in the loop and returns or raises what it does.
+
+        An interrupt cancels it, and is raised once it has ended.
 
         Raises:
-            ClientClosedError: if the loop was closed, or is closed meanwhile.
-            RuntimeError: if called in the loop's own thread.
+            ClientClosedError: if the loop was closed, before or meanwhile.
         """
-        if self._is_here:
-            coroutine.close()
-            raise RuntimeError("a blocking call in the client's own thread would wait for itself")
-        future = self._submitted(coroutine)
-        try:
-            return future.result()
-        except CancelledError as error:
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(asyncio.ensure_future(coroutine))
+            tasks[0].add_done_callback(functools.partial(_pass_on, outcome))
+
+        with self._lock:  # whatever is begun is begun before the loop is told to stop
             if self._is_closed:
-                raise ClientClosedError("the client was closed during the call") from error
-            raise
-        except BaseException:
-            future.cancel()
-            raise
+                coroutine.close()
+                raise ClientClosedError("the client is closed")
+            loop = self._started()
+            loop.call_soon_threadsafe(begin)
+        try:
+            return outcome.result()
+        except concurrent.futures.CancelledError as error:
+            raise ClientClosedError("the client was closed during the call") from error
+        finally:
+            if not outcome.done():
+                loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                concurrent.futures.wait([outcome])
 
     def try_run(self, coroutine: Coroutine[Any, Any, T]) -> None:
         """Runs ``coroutine`` in the loop, or not at all if that is closed.
@@ -88,8 +99,6 @@ class LoopThread:
             raise
 
     def _started(self) -> asyncio.AbstractEventLoop:
-        if self._is_closed:
-            raise ClientClosedError("the client is closed")
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._main, args=(self._loop,), name=self._name, daemon=True)
@@ -108,6 +117,15 @@ class LoopThread:
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
             loop.close()
+
+
+def _pass_on(outcome: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        outcome.set_exception(concurrent.futures.CancelledError())
+    elif (error := task.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(task.result())
 
 
 _END = object()

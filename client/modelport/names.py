@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+DEFAULT_SIGNATURE = "serving_default"
+"""The signature that a call runs if it names none."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _SHOWN_CHARACTERS = 40
 

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
-from modelport import AsyncClient, Client, Keepalive, RetryPolicy, StreamResult
+from modelport import AsyncClient, Client, ClientClosedError, Keepalive, ModelportError, RetryPolicy, StreamResult
 from tests.support.fake_server import FakeServer, Proxy, RefusalError, Request
 from tests.support.fake_server_process import Process, running
 
@@ -189,6 +189,29 @@ async def test_memory_is_constant_over_a_long_stream() -> None:
 class _Dropping(list[Request]):
     def append(self, item: Request) -> None:
         pass
+
+
+def test_closing_a_client_ends_the_calls_of_other_threads() -> None:
+    def call(client: Client, errors: list[BaseException]) -> None:
+        try:
+            while True:
+                client.predict("m", {"x": np.ones(1, np.float32)})
+        except ModelportError as error:
+            errors.append(error)
+
+    with running() as (server,):
+        for _ in range(20):
+            client = Client(server.address)
+            errors: list[BaseException] = []
+            threads = [threading.Thread(target=call, args=(client, errors)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            client.predict("m", {"x": np.ones(1, np.float32)})
+            client.close()
+            for thread in threads:
+                thread.join(20)
+                assert not thread.is_alive()
+            assert [type(error) for error in errors] == [ClientClosedError] * 4
 
 
 def test_an_interrupt_ends_a_blocking_call() -> None:

@@ -41,7 +41,9 @@ class PredictRequest(google.protobuf.message.Message):
     sequence: builtins.int
     """Any number; it comes back in the answer, so that callers can match the two."""
     routing_key: builtins.str
-    """Calls with equal keys are routed alike while a rollout shares out traffic."""
+    """Reserved: accepted, and used once rollouts share out traffic; calls with
+    equal keys will then be routed alike.
+    """
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[modelport.v1.tensor_pb2.Tensor]:
         """Every input that the signature has, each once."""
