@@ -9,7 +9,7 @@ import functools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
 
 from modelport.exceptions import ClientClosedError
@@ -35,27 +35,21 @@ class LoopThread:
 
         Raises:
             ClientClosedError: if the loop was closed, before or meanwhile.
+            RuntimeError: if called in the loop's own thread.
         """
-        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        tasks: list[asyncio.Task[T]] = []
-
-        def begin() -> None:
-            tasks.append(asyncio.ensure_future(coroutine))
-            tasks[0].add_done_callback(functools.partial(_pass_on, outcome))
-
-        with self._lock:  # whatever is begun is begun before the loop is told to stop
-            if self._is_closed:
-                coroutine.close()
-                raise ClientClosedError("the client is closed")
-            loop = self._started()
-            loop.call_soon_threadsafe(begin)
+        if self._is_here:
+            coroutine.close()
+            raise RuntimeError("a blocking call in the client's own thread would wait for itself")
+        outcome, cancel = self._begun(coroutine)
         try:
             return outcome.result()
-        except concurrent.futures.CancelledError as error:
-            raise ClientClosedError("the client was closed during the call") from error
+        except CancelledError as error:
+            if self._is_closed:
+                raise ClientClosedError("the client was closed during the call") from error
+            raise
         finally:
             if not outcome.done():
-                loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                cancel()
                 concurrent.futures.wait([outcome])
 
     def try_run(self, coroutine: Coroutine[Any, Any, T]) -> None:
@@ -65,7 +59,7 @@ class LoopThread:
         """
         with contextlib.suppress(ClientClosedError):
             if self._is_here:
-                self._submitted(coroutine)
+                self._begun(coroutine)
             else:
                 self.run(coroutine)
 
@@ -90,15 +84,31 @@ class LoopThread:
     def _is_here(self) -> bool:
         return threading.current_thread() is self._thread
 
-    def _submitted(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    def _begun(self, coroutine: Coroutine[Any, Any, T]) -> tuple[Future[T], Callable[[], None]]:
+        """Returns what will have come of ``coroutine`` once it has ended, and what cancels it."""
+        outcome: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(asyncio.ensure_future(coroutine))
+            tasks[0].add_done_callback(functools.partial(_pass_on, outcome))
+
+        def cancel() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so it has ended
+                loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+
         try:
-            with self._lock:  # no close comes between, so the loop will run it or cancel it
-                return asyncio.run_coroutine_threadsafe(coroutine, self._started())
-        except BaseException:
+            with self._lock:  # whatever is begun is begun before the loop is told to stop
+                loop = self._started()
+                loop.call_soon_threadsafe(begin)
+        except ClientClosedError:
             coroutine.close()
             raise
+        return outcome, cancel
 
     def _started(self) -> asyncio.AbstractEventLoop:
+        if self._is_closed:
+            raise ClientClosedError("the client is closed")
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._main, args=(self._loop,), name=self._name, daemon=True)
@@ -119,9 +129,9 @@ class LoopThread:
             loop.close()
 
 
-def _pass_on(outcome: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+def _pass_on(outcome: Future[T], task: asyncio.Task[T]) -> None:
     if task.cancelled():
-        outcome.set_exception(concurrent.futures.CancelledError())
+        outcome.set_exception(CancelledError())
     elif (error := task.exception()) is not None:
         outcome.set_exception(error)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -39,20 +39,24 @@ async def one() -> int:
     return 1
 
 
+async def running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
 def test_a_call_that_meets_a_close_is_made_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     thread = LoopThread("test")
-    thread.run(nothing())
-    submit = asyncio.run_coroutine_threadsafe
+    loop = thread.run(running_loop())
+    submit: Callable[..., Any] = loop.call_soon_threadsafe
     closings: list[threading.Thread] = []
 
-    def close_first(coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> Future[Any]:
+    def close_first(*arguments: Any, **options: Any) -> Any:
         if not closings:
             closings.append(threading.Thread(target=thread.close, args=(nothing,)))
             closings[0].start()
             closings[0].join(0.2)  # ends only if nothing keeps it from closing in between
-        return submit(coroutine, loop)
+        return submit(*arguments, **options)
 
-    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", close_first)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", close_first)
     assert in_thread(lambda: thread.run(one())).result(_PATIENCE_S) == 1
     closings[0].join()
     with pytest.raises(ClientClosedError):
