@@ -17,6 +17,7 @@ from modelport_server.rollout.policy import (
     COMING,
     LOADED,
     STABLE,
+    STREAM_END_S,
     Action,
     ModelSnapshot,
     State,
@@ -127,6 +128,9 @@ BUSY = VersionSnapshot(state=G, leases=1)
         (_model({1: T, 2: A}, serving=2), None),
         (_model({1: replace(HELD, age_s=61), 2: A}, serving=2), Action(Verb.END_STREAMS, 1)),
         (_model({1: replace(HELD, age_s=61, streams_ended=True), 2: A}, serving=2), None),
+        (_model({1: replace(HELD, streams_ended=True, streams_ended_s=6), 2: A}, serving=2), Action(Verb.RETIRE, 1)),
+        (_model({1: VersionSnapshot(state=G, leases=1), 2: A}, serving=2), None),
+        (_model({1: VersionSnapshot(state=D, put_off=True)}), None),
         (_model({1: replace(HELD, streams_ended=True, streams_ended_s=9), 2: A}, serving=2), Action(Verb.RETIRE, 1)),
         (_model({1: replace(BUSY, streams_ended=True, streams_ended_s=9), 2: A}, serving=2), None),
         (_model({1: BUSY, 2: A}, serving=2), None),
@@ -229,7 +233,9 @@ def test_a_step_never_hurts(snapshot: ModelSnapshot) -> None:
         assert action.verb is Verb.DRAIN or version.state is State.DRAINING
     if action.verb is Verb.RETIRE:
         assert version.leases == 0
+        assert version.streams == 0 or version.streams_ended_s > STREAM_END_S
     if action.verb is Verb.LOAD:
+        assert not version.put_off
         assert version.state in (State.DISCOVERED, State.RETIRED)
         assert version.in_registry
         assert not any(other.state in COMING for other in snapshot.versions.values())
