@@ -26,7 +26,7 @@ setup: $(INSTALLED) ## install everything into .venv, at the versions of constra
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "error: $(PYTHON) is not Python 3.11 or newer; name one that is: make setup PYTHON=python3.12" >&2; exit 1; }
-	@echo "setup: installing into $(VENV), about 2.5 GB; the first time takes minutes"
+	@echo "setup: installing into $(VENV), about 2.5 GB; the first time takes minutes, the last of them silent"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 		$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[dev]' \

@@ -18,7 +18,7 @@ ADDRESS = "127.0.0.1:8500"
 
 def main() -> None:
     """Sends random pixels, for want of handwriting."""
-    images = np.random.default_rng(0).integers(0, 17, (1000, 8, 8)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (1000, 8, 8), dtype=np.uint8)
     with Client(ADDRESS) as client:
         answer = client.predict("digits", images[:4])
         print(f"version {answer.version} says {answer['classes']}, in {answer.engine_time_s * 1000:.2f} ms")

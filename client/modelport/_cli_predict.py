@@ -87,6 +87,7 @@ def predict(
     waited for, and every row is answered once.
 
     Examples:
+
         modelport predict mnist t10k-images-idx3-ubyte.gz -o predictions.npz
 
         modelport predict mnist images/ --outputs classes --format jsonl

@@ -28,6 +28,7 @@ def status(
     """Show a running server's models: versions, states, aliases.
 
     Examples:
+
         modelport status
 
         modelport status mnist --server 10.0.0.7:8500 --watch
@@ -109,7 +110,10 @@ def _table(model: ModelInfo) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("version", "state", "aliases", "engine", "golden", "since", "metrics", "note")
+    table = Table("version")
+    table.add_column("state", no_wrap=True)
+    for name in ("aliases", "engine", "golden", "since", "metrics", "note"):
+        table.add_column(name)
     for version in model.versions:
         aliases = ", ".join(name for name, number in model.aliases.items() if number == version.version)
         metrics = list(version.metrics.items())[:_SHOWN_METRICS]

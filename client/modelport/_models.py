@@ -137,7 +137,7 @@ def _version_info(message: model_pb2.ModelVersion) -> VersionInfo:
         engine=message.engine,
         golden_examples=message.golden_examples,
         signatures=MappingProxyType({s.name: _signature_info(s) for s in message.signatures}),
-        metrics=MappingProxyType(dict(message.metrics)),
+        metrics=MappingProxyType(dict(sorted(message.metrics.items()))),
     )
 
 

@@ -13,7 +13,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; a mistake of the user's is one line on stderr and exit status 1."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells about every connection that ends
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say comes as an error of the call
     try:
         from modelport._cli_root import make_app
     except ModuleNotFoundError as error:

@@ -77,6 +77,7 @@ def publish(
     a server reproduces them before the version takes traffic.
 
     Examples:
+
         modelport publish mnist ./export --golden golden.npz --alias stable
 
         modelport publish mnist ./export --metric accuracy=0.991 --json
@@ -105,13 +106,15 @@ def publish(
         _print_json({**document, "path": str(result.path), "warnings": result.warnings})
         return
     count, size = len(result.manifest.files), _size(result.manifest.size_bytes)
-    _print(f"published {model} version {result.version}: {count} files, {size}, in {result.path}")
+    checked = f"{result.manifest.golden} golden examples" if result.manifest.golden else "no golden examples"
+    _print(f"published {model} version {result.version}: {count} files, {size}, {checked}, in {result.path}")
 
 
 def models(registry: RegistryOption = _DEFAULT_ROOT, as_json: JsonOption = False) -> None:
     """List the models of a registry.
 
     Examples:
+
         modelport models
 
         modelport models --json
@@ -128,7 +131,8 @@ def models(registry: RegistryOption = _DEFAULT_ROOT, as_json: JsonOption = False
         _print_json({"models": rows})
         return
     if not found:
-        _diagnose(f"no models in {registry}; publish one: modelport publish NAME FOLDER")
+        what = f"no models in {registry.absolute()}" if registry.is_dir() else f"there is no {registry.absolute()}"
+        _diagnose(f"{what}; name the registry with --registry, or publish: modelport publish NAME FOLDER")
         return
     table = _Table("model", "versions", "highest", "aliases")
     for name, (versions, aliases) in found.items():
@@ -146,6 +150,7 @@ def show(
     """Show a model's versions, or all about one of them.
 
     Examples:
+
         modelport show mnist
 
         modelport show mnist 3
@@ -203,6 +208,7 @@ def verify(
     Ends with 1 if anything was changed, added, removed or linked.
 
     Examples:
+
         modelport verify mnist
 
         modelport verify mnist 3 --json
@@ -249,6 +255,7 @@ def alias(
     Callers that name nothing get the version that the alias stable points at.
 
     Examples:
+
         modelport alias mnist stable 3
 
         modelport alias mnist stable
@@ -290,6 +297,7 @@ def collect_garbage(
     Versions that an alias points at, or that a server holds, always stay.
 
     Examples:
+
         modelport gc --keep 5 --dry-run
 
         modelport gc mnist --keep 2
@@ -325,11 +333,15 @@ def journal(
     """Print what was done to a model, when, by whom and why.
 
     Examples:
+
         modelport journal mnist
     """
     from modelport_registry import Registry
 
-    entries = Registry(registry).journal(model)
+    store = Registry(registry)
+    entries = store.journal(model)
+    if not entries:
+        store.resolve(model)  # says so if there is no such model
     if as_json:
         _print_json(
             [

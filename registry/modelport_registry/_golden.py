@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelport import tensors
-from modelport.names import shown
+from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry._errors import IntegrityError, InvalidModelError
 from modelport_registry._json import JSON, Fields, parse
 from modelport_registry._manifest import SignatureSpec, TensorSpec
@@ -35,7 +35,6 @@ MAX_GOLDEN_BYTES = 1 << 30
 _FORMAT = 1
 _INDEX = "index"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_DEFAULT = "serving_default"
 _NPZ_KEY = re.compile(r"(?:(?P<signature>.+?)/)?(?P<kind>inputs|outputs)/(?P<name>.+)", re.DOTALL)
 _BYTE = np.dtype("uint8")
 _DAMAGED = "golden.npz is damaged"
@@ -145,8 +144,10 @@ def read_npz(path: Path, *, rtol: float, atol: float) -> list[Golden]:
                         f"{shown(path.name)} has an array {shown(key)}: call it inputs/NAME or outputs/NAME, "
                         "or SIGNATURE/inputs/NAME"
                     )
-                group = groups.setdefault(match["signature"] or _DEFAULT, {"inputs": {}, "outputs": {}})
+                group = groups.setdefault(match["signature"] or DEFAULT_SIGNATURE, {"inputs": {}, "outputs": {}})
                 group[match["kind"]][match["name"]] = _loaded(archive[key])
+    except FileNotFoundError as exc:
+        raise InvalidModelError(f"there is no file {shown(str(path))}") from exc
     except (zipfile.BadZipFile, ValueError, AttributeError, EOFError, OSError) as exc:
         raise InvalidModelError(f"{shown(str(path))} is not a readable .npz of plain arrays") from exc
     return [Golden(name, group["inputs"], group["outputs"], rtol, atol) for name, group in sorted(groups.items())]

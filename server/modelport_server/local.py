@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modelport.exceptions import ModelportError
-from modelport.names import shown
+from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry import Registry, SignatureSpec
 from modelport_server.engines.protocol import Array, Engine, EngineError
-from modelport_server.servable import DEFAULT_SIGNATURE
 
 
 class LocalModel:

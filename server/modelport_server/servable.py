@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from modelport.names import shown
+from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry import Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
@@ -33,7 +33,6 @@ _log = logging.getLogger(__name__)
 _CRASHES_TO_REJECT = 3
 _CRASH_WINDOW_S = 60.0
 _UNREADABLE_S = 1.0
-DEFAULT_SIGNATURE = "serving_default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def test_publish_with_everything(run: Run, registry: Registry, model: Path, tmp_
 def test_publish_says_what_it_wrote_and_warns(run: Run, registry: Registry, model: Path) -> None:
     result = run("publish", MODEL, model)
     assert result.exit_code == 0
-    assert result.stdout == f"published {MODEL} version 1: 3 files, 162 B, in {registry.root / MODEL / '1'}\n"
+    assert result.stdout == f"published {MODEL} version 1: 3 files, 162 B, no golden examples, in {registry.root / MODEL / '1'}\n"
     assert result.stderr.startswith("warning: no golden examples")
 
 
@@ -129,7 +129,9 @@ def test_a_mistake_is_one_line(
 
 
 def test_lists(run: Run, registry: Registry, model: Path) -> None:
-    assert "no models" in run("models").stderr
+    assert f"there is no {registry.root}" in run("models").stderr
+    registry.root.mkdir()
+    assert f"no models in {registry.root}" in run("models").stderr
     for _ in range(2):
         registry.publish(MODEL, model, metrics={"loss": 0.5}, tags=["[bold]x"])
     registry.set_alias(MODEL, "stable", 1)

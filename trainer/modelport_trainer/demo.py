@@ -149,6 +149,7 @@ class Demo:
 
         with Client(address) as client:
             started = time.monotonic()
+            self._console.print("an engine process loads the version and reproduces its golden examples ...")
             client.wait_ready(model=self._name, timeout_s=_START_S)
             first = client.model(self._name)
             serving = first.serving_version
@@ -176,6 +177,7 @@ class Demo:
                 "a message, one pinned to its version and one that follows"
             )
             self._train(self._options.second_epochs)
+            self._console.print("the server checks the new version, warms it up beside the old one, and switches ...")
             self._wait_for_switch(client, serving, traffic)
         finally:
             stop.set()
@@ -242,6 +244,7 @@ class Demo:
             self._console.print(f"[red]{error}[/red]")
         report = self._registry / self._name / "2" / "report" / "index.html"
         self._console.print(f"version 2's report: {report}", soft_wrap=True)
+        self._console.print(f"all of it stays in {self._folder} until you remove it", soft_wrap=True)
         return 1 if traffic.errors else 0
 
     def _metrics(self, version: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import JSON, Golden, Lineage, Published, Registry
 from modelport_trainer import _libraries
 from modelport_trainer.data import Dataset
@@ -20,7 +21,7 @@ from modelport_trainer.prediction import SavedModelPredictor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SIGNATURE = "serving_default"
+
 """The signature that exported models have."""
 
 _GOLDEN_FEWEST = 32
@@ -101,7 +102,7 @@ def choose_golden(probabilities: NDArray[np.float32], labels: NDArray[np.int64])
 def golden_examples(predictor: SavedModelPredictor, inputs: Mapping[str, Any]) -> Golden:
     """Returns examples with the outputs that the stored model itself gives, computed by TensorFlow."""
     arrays = {name: np.asarray(value) for name, value in inputs.items()}
-    return Golden(signature=SIGNATURE, inputs=arrays, outputs=predictor.run(arrays))
+    return Golden(signature=DEFAULT_SIGNATURE, inputs=arrays, outputs=predictor.run(arrays))
 
 
 def classifier_golden(predictor: SavedModelPredictor, dataset: Dataset, probabilities: NDArray[np.float32]) -> Golden:
@@ -191,7 +192,7 @@ def _save(folder: Path, answer: Callable[..., Any], specs: Mapping[str, Any], mo
         )
         if folder.exists():
             shutil.rmtree(folder)
-        tf.saved_model.save(module, str(folder), signatures={SIGNATURE: signature})
+        tf.saved_model.save(module, str(folder), signatures={DEFAULT_SIGNATURE: signature})
     except (OSError, ValueError, TypeError, tf.errors.OpError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(f"{folder}: the model cannot be exported ({reason})") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelport.names import DEFAULT_SIGNATURE
 from modelport_trainer import _libraries
 from modelport_trainer.errors import ExportError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class SavedModelPredictor:
     """Runs one signature of a SavedModel in this process, numpy in and out."""
 
-    def __init__(self, path: Path, signature: str = "serving_default") -> None:
+    def __init__(self, path: Path, signature: str = DEFAULT_SIGNATURE) -> None:
         """Loads the model.
 
         Args:

@@ -17,6 +17,7 @@ from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.options import ServerOptions
 from modelport_server.rollout.policy import (
     COMING,
+    STABLE,
     Action,
     ModelSnapshot,
     State,
@@ -309,6 +310,7 @@ class ModelRollout:
 
     def publish_status(self) -> None:
         """Posts what there is to know to the status board."""
+        self._explain_idle()
         self._route.known = {n: _state_text(tracked) for n, tracked in self._versions.items()}
         self._route.coming = frozenset(
             n for n, tracked in self._versions.items() if tracked.state is State.DISCOVERED or tracked.state in COMING
@@ -322,6 +324,16 @@ class ModelRollout:
                 versions=tuple(_version_status(self._versions[n]) for n in sorted(self._versions, reverse=True)),
             ),
         )
+
+    def _explain_idle(self) -> None:
+        """Says of a version that is not being loaded why it is not."""
+        wanted = charge(self._snapshot())
+        if wanted is None:
+            return
+        why = f"the alias 'stable' names version {wanted}" if STABLE in self._aliases else f"version {wanted} is higher"
+        for number, tracked in self._versions.items():
+            if tracked.state is State.DISCOVERED and number != wanted and number not in self._aliases.values():
+                tracked.reason = f"not loaded: {why}"
 
     async def stop(self) -> None:
         """Ends all its engines and tasks."""
@@ -399,6 +411,7 @@ class RolloutManager:
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
+        self._waiting_for: set[str] = set()
         self._manifests: dict[str, dict[int, Manifest | None]] = {}
 
     async def run(self) -> None:
@@ -425,12 +438,12 @@ class RolloutManager:
         """Reads the registry; None if it can't be read, or for a model that can't: then nothing changes."""
         try:
             if not self._options.registry.is_dir():
-                raise FileNotFoundError(2, "it is not there")
+                raise FileNotFoundError(f"there is no folder {self._options.registry}")
             names = self._options.models or tuple(self._registry.models())
             view = {name: self._view_or_none(name) for name in names}
             had_versions = any(not rollout.empty for rollout in self._models.values())
             if had_versions and not any(model is None or model.versions for model in view.values()):
-                raise FileNotFoundError(2, "everything is gone from it")  # as when it is unmounted
+                raise FileNotFoundError("everything is gone from it")  # as when it is unmounted
         except (OSError, ModelportError) as error:
             self._warn_once("the registry", error)
             return None
@@ -448,7 +461,7 @@ class RolloutManager:
 
     def _warn_once(self, what: str, error: Exception) -> None:
         if self._unreadable.get(what) != str(error):
-            _log.warning("%s can't be read, what is loaded serves on: %s", what, error)
+            _log.warning("%s can't be read, waiting for it; what is loaded serves on: %s", what, error)
         self._unreadable[what] = str(error)
 
     def _view(self, name: str) -> ModelView:
@@ -468,6 +481,7 @@ class RolloutManager:
             return None  # loading it says what is wrong with it
 
     def _observe(self, view: Mapping[str, ModelView | None]) -> None:
+        self._tell_of_nothing(view)
         for name in view.keys() - self._models.keys():
             self._models[name] = ModelRollout(
                 name, self._options, self._router, self._board, self._loads, self._wake.set
@@ -479,6 +493,16 @@ class RolloutManager:
                 del self._models[name]
                 self._router.remove(name)
                 self._board.post(name, None)
+
+    def _tell_of_nothing(self, view: Mapping[str, ModelView | None]) -> None:
+        """Says once which models have no version yet, so that a mistyped name or folder shows."""
+        if not view and not self._waiting_for:
+            _log.warning("the registry has no model yet; waiting for one")
+            self._waiting_for.add("")
+        for name, model in view.items():
+            if model is not None and not model.versions and name not in self._waiting_for:
+                _log.warning("%s: the registry has no such model yet; waiting for it", name)
+                self._waiting_for.add(name)
 
     async def stop(self) -> None:
         """Ends every engine."""
