@@ -84,7 +84,8 @@ def test_publish_with_everything(run: Run, registry: Registry, model: Path, tmp_
 def test_publish_says_what_it_wrote_and_warns(run: Run, registry: Registry, model: Path) -> None:
     result = run("publish", MODEL, model)
     assert result.exit_code == 0
-    assert result.stdout == f"published {MODEL} version 1: 3 files, 162 B, no golden examples, in {registry.root / MODEL / '1'}\n"
+    where = registry.root / MODEL / "1"
+    assert result.stdout == f"published {MODEL} version 1: 3 files, 162 B, no golden examples, in {where}\n"
     assert result.stderr.startswith("warning: no golden examples")
 
 
