@@ -49,6 +49,7 @@ def server(tmp_path: Path, publish_tag: Callable[[Path, str, int], Published]) -
     assert server.stop() == 0
 
 
+@pytest.mark.timeout(1200)  # six servers load one after another
 def test_a_stream_survives_five_kills(server: Restarting) -> None:
     x = np.arange(ROWS * 4, dtype=np.float32).reshape(ROWS, 4)
     batches = ({"x": x[first : first + ROWS_PER_BATCH]} for first in range(0, ROWS, ROWS_PER_BATCH))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from modelport import AsyncClient, Prediction
 from modelport_registry import Published
@@ -89,6 +90,7 @@ async def publish_all(
                 task.result()  # a caller that failed ends the test here, with its own error
 
 
+@pytest.mark.timeout(1200)  # twenty engines load one after another, at the lowest priority
 async def test_twenty_version_changes_under_load(
     tmp_path: Path, publish_tag: Callable[[Path, str, int], Published]
 ) -> None:
