@@ -8,8 +8,11 @@ from pathlib import Path
 
 from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_SIGNATURE, shown
+from modelport.tensors import dtype_of
 from modelport_registry import Registry, SignatureSpec
 from modelport_server.engines.protocol import Array, Engine, EngineError
+from modelport_server.signatures import arrange
+from modelport_server.tensors import RawTensor
 
 
 class LocalModel:
@@ -30,8 +33,9 @@ class LocalModel:
         """Returns the outputs by name, as TensorFlow gives them.
 
         Raises:
-            ModelportError: if the model fails on these inputs.
+            ModelportError: if the inputs are not what the signature takes, or the model fails on them.
         """
+        arrange(self.signature, [RawTensor(name, dtype_of(a), a.shape, b"") for name, a in inputs.items()])
         try:
             return self._engine.run(self.signature.name, inputs)
         except EngineError as error:
