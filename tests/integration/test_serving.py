@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ OK = grpc.StatusCode.OK
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 MIB = 1 << 20
 X = np.ones((1, 4), np.float32)
+EIGHT = np.repeat(X, 8, axis=0)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,15 @@ def _queued(channel: grpc.Channel) -> None:
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server: ServerProcess, channel: grpc.Channel) -> None:
     with _busy(server):
         running = start(channel, request("toy", {"x": X}))
-        waiting = [start(channel, request("toy", {"x": np.repeat(X, 8, axis=0)})) for _ in range(8)]
+        waiting = [start(channel, request("toy", {"x": EIGHT})) for _ in range(8)]
         _queued(channel)
-        refused = start_raw(channel, request("toy", {"x": X}))
+        # Calls may overtake each other on the way, so that the engine has the one row or the first eight:
+        # there is no room for eight more in either case.
+        refused = start_raw(channel, request("toy", {"x": EIGHT}))
         assert refused.code() is RESOURCE_EXHAUSTED
         hint = dict(refused.trailing_metadata())
         assert int(hint["grpc-retry-pushback-ms"]) > 0
-        assert "64 rows wait" in refused.details()
+        assert re.search(r"(64|57) rows wait", refused.details())
     assert [wait().code for wait in [running, *waiting]] == [OK] * 9
 
 
@@ -79,7 +83,7 @@ def test_a_stream_is_held_back_where_a_call_is_refused(server: ServerProcess, ch
         stream.ask(request("toy", {"x": X}))
         with _busy(server):
             for number in range(1, 41):
-                stream.send(request("toy", {"x": np.repeat(X, 8, axis=0)}, sequence=number))
+                stream.send(request("toy", {"x": EIGHT}, sequence=number))
             _queued(channel)
         assert [stream.next().response.sequence for _ in range(40)] == list(range(1, 41))
 
@@ -96,9 +100,9 @@ def test_a_deadline_that_passes_in_the_queue(server: ServerProcess, channel: grp
 def test_callers_that_go_away_make_room(server: ServerProcess, channel: grpc.Channel) -> None:
     with _busy(server):
         running = start(channel, request("toy", {"x": X}))
-        gone = [start_raw(channel, request("toy", {"x": np.repeat(X, 8, axis=0)})) for _ in range(8)]
+        gone = [start_raw(channel, request("toy", {"x": EIGHT})) for _ in range(8)]
         _queued(channel)
-        assert call(channel, request("toy", {"x": X})).code is RESOURCE_EXHAUSTED
+        assert call(channel, request("toy", {"x": EIGHT})).code is RESOURCE_EXHAUSTED
         for waiting in gone:
             waiting.cancel()
         last: list[Any] = []
