@@ -20,7 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from modelport.v1 import prediction_pb2 as pb
-from modelport_registry import Published
+from modelport_registry import Published, Registry
 from tests.support.rpc import PREDICT, Outcome, Stream, call, engines, failed, open_channel, request, start
 from tests.support.server import ServerProcess, run_server, wait_for
 
@@ -231,6 +231,24 @@ def test_an_engine_that_hangs_does_not_hold_up_the_end(tmp_path: Path, publish_t
         assert server.process.wait(30) == 0
         assert wait().code is not OK
         wait_for(lambda: not engine.is_running(), "the engine to end")
+
+
+def test_a_large_answer_that_is_on_its_way_arrives(tmp_path: Path, saved_models: Path) -> None:
+    Registry(tmp_path / "registry").publish("toy", saved_models / "zoo" / "strings")
+    text = np.array([b"x" * (20 << 20)], dtype=object)
+    with _serving(tmp_path) as server, open_channel(server.address) as channel:
+        engine = engines(psutil.Process(server.process.pid))[0]
+        engine.suspend()
+        wait = start(channel, request("toy", {"text": text}, outputs=["doubled"]))
+        # answered after the call has been queued, because it is on its connection
+        assert call(channel, request("toy", {})).code is grpc.StatusCode.INVALID_ARGUMENT
+        server.process.send_signal(signal.SIGTERM)
+        engine.resume()
+        outcome = wait()
+        assert outcome.code is OK, outcome.message
+        assert outcome.response is not None
+        assert len(outcome.response.outputs[0].data) == 8 + (40 << 20)
+        assert server.process.wait(60) == 0
 
 
 def test_a_second_sigterm_ends_it_at_once(tmp_path: Path, publish_tag: Publish) -> None:
