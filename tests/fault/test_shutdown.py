@@ -236,14 +236,17 @@ def test_an_engine_that_hangs_does_not_hold_up_the_end(tmp_path: Path, publish_t
 def test_a_large_answer_that_is_on_its_way_arrives(tmp_path: Path, saved_models: Path) -> None:
     Registry(tmp_path / "registry").publish("toy", saved_models / "zoo" / "strings")
     text = np.array([b"x" * (20 << 20)], dtype=object)
-    with _serving(tmp_path) as server, open_channel(server.address) as channel:
+    with _serving(tmp_path) as server, open_channel(server.address) as channel, Stream(channel) as stream:
+        stream.ask(request("toy", {"text": text[:0]}, sequence=1))
         engine = engines(psutil.Process(server.process.pid))[0]
         engine.suspend()
         wait = start(channel, request("toy", {"text": text}, outputs=["doubled"]))
         # answered after the call has been queued, because it is on its connection
         assert call(channel, request("toy", {})).code is grpc.StatusCode.INVALID_ARGUMENT
         server.process.send_signal(signal.SIGTERM)
-        engine.resume()
+        assert stream.next().notice.reason == pb.StreamNotice.REASON_DRAINING
+        stream.close()
+        engine.resume()  # the call is the last one under way, and stopping waits for nothing else
         outcome = wait()
         assert outcome.code is OK, outcome.message
         assert outcome.response is not None
