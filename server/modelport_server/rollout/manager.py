@@ -187,17 +187,17 @@ class ModelRollout:
                 servable = await self._new_servable(tracked)
                 await servable.start()
         except RejectedError as error:
-            await self._reject(tracked, error.gate, str(error))
+            self._reject(tracked, error.gate, str(error))
             return
         except (IntegrityError, InvalidModelError) as error:
-            await self._reject(tracked, "integrity", str(error))
+            self._reject(tracked, "integrity", str(error))
             return
         except (ModelportError, OSError) as error:
             self._put_off(tracked, error)
             return
         except Exception:  # else the version would be on its way for ever
             _log.exception("%s@%d: loading failed", self._name, number)
-            await self._reject(tracked, "load", "the server failed to load it; its log says more")
+            self._reject(tracked, "load", "the server failed to load it; its log says more")
             return
         except BaseException:
             tracked.hold.close()
@@ -252,7 +252,7 @@ class ModelRollout:
         tracked.become(State.DISCOVERED, "it could not be read; the server tries again")
         _log.warning("%s@%d: can't be loaded now, next try in %g s: %s", self._name, tracked.version, wait_s, error)
 
-    async def _reject(self, tracked: Tracked, gate: str, reason: str) -> None:
+    def _reject(self, tracked: Tracked, gate: str, reason: str) -> None:
         tracked.become(State.REJECTED, f"{gate}: {reason}")
         tracked.hold.close()
         _log.error("%s@%d: rejected: %s", self._name, tracked.version, tracked.reason)
@@ -266,7 +266,7 @@ class ModelRollout:
         self._take_out(tracked)
         await servable.stop()
         tracked.servable = None
-        await self._reject(tracked, gate, reason)
+        self._reject(tracked, gate, reason)
 
     def _take_out(self, tracked: Tracked) -> None:
         self._route.available.pop(tracked.version, None)
