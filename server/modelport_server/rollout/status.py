@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from modelport_registry import SignatureSpec
+from modelport_registry import JSON, SignatureSpec
+from modelport_server.gates.result import GateResult
 from modelport_server.rollout.policy import State
 
 
@@ -50,6 +51,83 @@ class ModelStatus:
         return self.serving is not None or not any(version.state in coming for version in self.versions)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What a version answered since the step of its rollout began."""
+
+    calls: int
+    errors: int
+    calls_per_s: float
+    """Over the last seconds."""
+    p50_ms: float
+    """Median time from a call's arrival to its answer, in milliseconds."""
+    p99_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutVersion:
+    """One version's part in a rollout."""
+
+    version: int
+    place: str
+    """``stable``, ``candidate`` or ``previous``."""
+    state: State
+    share: float
+    """The share of the calls that name no version, 0 to 1."""
+    gates: tuple[GateResult, ...] = ()
+    """Those that have ended, in their order."""
+    traffic: Traffic | None = None
+    """None while nothing is counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStatus:
+    """One step of a rollout's plan."""
+
+    kind: str
+    """``shadow`` or ``canary``."""
+    share: float
+    bake_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutStatus:
+    """A model's rollout as this server sees it."""
+
+    model: str
+    generation: int
+    """Of the registry's desired state."""
+    stable: int | None
+    """The version in charge by the registry; None before the first."""
+    pin: int | None = None
+    id: str = ""
+    """Empty if no rollout is under way; then phase, version, previous and steps are empty too."""
+    phase: str = ""
+    """``gates``, ``step`` or ``watch``."""
+    version: int | None = None
+    previous: int | None = None
+    steps: tuple[StepStatus, ...] = ()
+    step: int = 0
+    """Index into ``steps`` while the phase is ``step``."""
+    paused: bool = False
+    phase_age_s: float = 0.0
+    """How long this server has seen the present phase or step, in seconds."""
+    bake_s: float = 0.0
+    """How long the present step, or the watch, has to last at least, in seconds."""
+    verdict: str = ""
+    """What the comparison says for now, in one line for people."""
+    figures: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
+    """The numbers behind the verdict."""
+    versions: tuple[RolloutVersion, ...] = ()
+    """Those that have a part in it, the stable one first."""
+    last_version: int | None = None
+    last_outcome: str = ""
+    """``promoted``, ``rejected``, ``rolled back`` or ``replaced``; empty if there was none."""
+    last_reason: str = ""
+    rejected: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Every rejected version with gate and reason."""
+
+
 class StatusBoard:
     """The newest status of every model, and a way to wait for changes."""
 
@@ -57,6 +135,13 @@ class StatusBoard:
         self._models: dict[str, tuple[int, ModelStatus | None]] = {}
         self._edition = 0
         self._changed = asyncio.Event()
+        self.rollouts: dict[str, Callable[[], RolloutStatus]] = {}
+        """How to ask for each model's rollout; kept up to date by the rollout's manager."""
+
+    def rollout(self, name: str) -> RolloutStatus | None:
+        """Returns a model's rollout as it is now; None if there is no such model."""
+        found = self.rollouts.get(name)
+        return found() if found is not None else None
 
     @property
     def edition(self) -> int:

@@ -1,0 +1,1 @@
+"""The checks that a version passes before it takes traffic."""
