@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
@@ -23,6 +24,7 @@ from modelport._models import ModelChange, ModelInfo, SignatureInfo, model_info
 from modelport._options import MIB, ClientOptions, Keepalive, RetryPolicy, StreamOptions, Target, Tls
 from modelport._results import Prediction, StreamResult
 from modelport._retry import Retrier
+from modelport._rollouts import AsyncRollouts
 from modelport.exceptions import (
     ClientClosedError,
     InputError,
@@ -32,11 +34,12 @@ from modelport.exceptions import (
     UnavailableError,
     VersionRetiredError,
 )
-from modelport.v1 import model_pb2, model_pb2_grpc, prediction_pb2, prediction_pb2_grpc
+from modelport.v1 import model_pb2, model_pb2_grpc, prediction_pb2, prediction_pb2_grpc, rollout_pb2_grpc
 
 if TYPE_CHECKING:
     from modelport.v1.model_pb2_grpc import ModelServiceAsyncStub
     from modelport.v1.prediction_pb2_grpc import PredictionServiceAsyncStub
+    from modelport.v1.rollout_pb2_grpc import RolloutServiceAsyncStub
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT", covariant=True)
@@ -52,11 +55,17 @@ class _Method(Protocol[RequestT, ResponseT]):
     def __call__(self, request: RequestT, timeout: float | None = None) -> Awaitable[ResponseT]: ...
 
 
+class _Answers(Protocol[ResponseT]):
+    def __aiter__(self) -> AsyncIterator[ResponseT]: ...
+    def cancel(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Connection:
     channel: grpc.aio.Channel
     predictions: PredictionServiceAsyncStub
     models: ModelServiceAsyncStub
+    rollouts: RolloutServiceAsyncStub
     health: _Method[bytes, bytes]
 
 
@@ -102,6 +111,8 @@ class AsyncClient:
         self._connection: _Connection | None = None
         self._is_closed = False
         self._bulk_calls: weakref.WeakSet[BulkCall] = weakref.WeakSet()
+        self.rollouts = AsyncRollouts(_RolloutCalls(self._call, self._follow, self._connected, self._deadline))
+        """How versions come into service, and how people steer that."""
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -145,8 +156,8 @@ class AsyncClient:
             alias: the alias whose version shall answer.
             signature: the signature to run; empty for ``serving_default``.
             outputs: the outputs wanted; None for all.
-            routing_key: reserved: sent, and used once rollouts share out traffic; calls with equal keys
-                will then be routed alike.
+            routing_key: while a rollout shares out calls, those with equal keys go to the same version, on
+                every server; without a key they are spread evenly. Not secret, and of any length.
             timeout_s: how long the call may take, in seconds; None for the client's own.
 
         Raises:
@@ -197,8 +208,8 @@ class AsyncClient:
             alias: the alias whose version shall answer.
             signature: the signature to run; empty for ``serving_default``.
             outputs: the outputs wanted; None for all.
-            routing_key: reserved: sent, and used once rollouts share out traffic; calls with equal keys
-                will then be routed alike.
+            routing_key: while a rollout shares out calls, those with equal keys go to the same version, on
+                every server; without a key they are spread evenly. Not secret, and of any length.
             follow: let each batch be answered by the version in charge when it arrives.
             window: how many batches are on their way at most.
             on_error: whether a batch's error is raised and ends the stream, or is returned as its result.
@@ -238,14 +249,21 @@ class AsyncClient:
             RpcError: if the server refuses, or can't be reached for as long as retries last.
             ClientClosedError: if the client is closed meanwhile.
         """
+        request = model_pb2.WatchModelsRequest(model=model)
+        responses = self._follow(lambda connection: connection.models.WatchModels(request))
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                yield ModelChange(model=model_info(response.model), removed=response.removed)
+
+    async def _follow(self, method: Callable[[_Connection], _Answers[T]]) -> AsyncGenerator[T, None]:
+        """Yields the answers of a stream; opens it again when its connection breaks."""
         losses = 0
         while True:
-            stub = (await self._connected()).models
-            call = stub.WatchModels(model_pb2.WatchModelsRequest(model=model))
+            call = method(await self._connected())
             try:
                 async for response in call:
                     losses = 0
-                    yield ModelChange(model=model_info(response.model), removed=response.removed)
+                    yield response
             except grpc.aio.AioRpcError as error:
                 failure = _status.from_aio(error, self._server)
                 if not isinstance(failure, UnavailableError) or losses >= self._options.retry.max_attempts:
@@ -451,11 +469,39 @@ class AsyncClient:
         return ", ".join(self._addresses)
 
 
+class _RolloutCalls:
+    """What ``AsyncRollouts`` needs of a client."""
+
+    def __init__(
+        self,
+        call: Callable[[_Method[Any, Any], Any, float], Awaitable[Any]],
+        follow: Callable[[Callable[[_Connection], _Answers[Any]]], AsyncGenerator[Any, None]],
+        connected: Callable[[], Awaitable[_Connection]],
+        deadline: Callable[[float | None], float],
+    ) -> None:
+        self._call = call
+        self._follow = follow
+        self._connected = connected
+        self._deadline = deadline
+
+    async def call(
+        self, method: Callable[[RolloutServiceAsyncStub], Any], request: Any, timeout_s: float | None
+    ) -> Any:
+        """Makes a unary call."""
+        stub = (await self._connected()).rollouts
+        return await self._call(method(stub), request, self._deadline(timeout_s))
+
+    def follow(self, method: Callable[[RolloutServiceAsyncStub], Any], request: Any) -> AsyncGenerator[Any, None]:
+        """Yields the answers of a stream, which is opened again when its connection breaks."""
+        return self._follow(lambda connection: method(connection.rollouts)(request))
+
+
 def _connection(channel: grpc.aio.Channel) -> _Connection:
     return _Connection(
         channel,
         cast("PredictionServiceAsyncStub", prediction_pb2_grpc.PredictionServiceStub(channel)),
         cast("ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(channel)),
+        cast("RolloutServiceAsyncStub", rollout_pb2_grpc.RolloutServiceStub(channel)),
         cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_health.METHOD)),
     )
 

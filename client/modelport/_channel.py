@@ -18,6 +18,9 @@ _RETRIED_METHODS = (
     {"service": "modelport.v1.PredictionService", "method": "Predict"},
     {"service": "modelport.v1.ModelService", "method": "GetModel"},
     {"service": "modelport.v1.ModelService", "method": "ListModels"},
+    {"service": "modelport.v1.RolloutService", "method": "GetRollout"},
+    {"service": "modelport.v1.RolloutService", "method": "GetPolicy"},
+    {"service": "modelport.v1.RolloutService", "method": "ReadJournal"},
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 
 from modelport._async_client import AsyncClient, OnError, make_target, stream_options
@@ -11,6 +11,7 @@ from modelport._inputs import Inputs
 from modelport._models import ModelChange, ModelInfo
 from modelport._options import MIB, Keepalive, RetryPolicy, StreamOptions, Target, Tls
 from modelport._results import Prediction, StreamResult
+from modelport._rollouts import Rollouts
 from modelport._threads import LoopThread, ThreadedIterator
 
 _RESULTS_AT_ONCE = 4
@@ -56,6 +57,8 @@ class Client:
             max_message_bytes=max_message_bytes,
         )
         self._loop = LoopThread("modelport-client")
+        self.rollouts = Rollouts(self._client.rollouts, self._loop)
+        """How versions come into service, and how people steer that."""
 
     def __enter__(self) -> Client:
         return self
@@ -130,12 +133,7 @@ class Client:
 
     def watch(self, model: str = "") -> Iterator[ModelChange]:
         """Yields every model at once and then each whenever it has changed; see ``AsyncClient.watch``."""
-        changes = self._client.watch(model)
-        try:
-            while (change := self._loop.run(_next_or_none(changes))) is not None:
-                yield change
-        finally:
-            self._loop.try_run(changes.aclose())
+        return self._loop.iterate(self._client.watch(model))
 
     def is_ready(self, *, model: str = "", timeout_s: float | None = None) -> bool:
         """Returns whether the server takes calls, or the one model can answer."""
@@ -163,7 +161,3 @@ async def _begun(
     client: AsyncClient, target: Target, source: ThreadedIterator[Inputs], options: StreamOptions
 ) -> BulkCall:
     return client.bulk_call(target, source, options)  # its events belong to the loop
-
-
-async def _next_or_none(changes: AsyncGenerator[ModelChange, None]) -> ModelChange | None:
-    return await anext(changes, None)

@@ -131,7 +131,7 @@ def model_info(message: model_pb2.Model) -> ModelInfo:
 def _version_info(message: model_pb2.ModelVersion) -> VersionInfo:
     return VersionInfo(
         version=message.version,
-        state=_state(message.state),
+        state=version_state(message.state),
         reason=message.reason,
         since=message.since.ToDatetime(UTC) if message.HasField("since") else None,
         engine=message.engine,
@@ -141,7 +141,8 @@ def _version_info(message: model_pb2.ModelVersion) -> VersionInfo:
     )
 
 
-def _state(number: int) -> VersionState:
+def version_state(number: int) -> VersionState:
+    """Returns the state that a number of ``ModelVersion.State`` stands for."""
     return _STATES.get(number, VersionState.UNKNOWN)
 
 

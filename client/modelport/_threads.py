@@ -8,9 +8,9 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from modelport.exceptions import ClientClosedError
 
@@ -62,6 +62,14 @@ class LoopThread:
                 self._begun(coroutine)
             else:
                 self.run(coroutine)
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+        """Yields what ``items`` does, which runs in the loop and is closed with this generator."""
+        try:
+            while (item := self.run(_next_or_end(items))) is not _END:
+                yield cast("T", item)
+        finally:
+            self.try_run(items.aclose())
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs ``last`` in the loop if there is one, stops it and waits for its thread, if that is another one."""
@@ -139,6 +147,10 @@ def _pass_on(outcome: Future[T], task: asyncio.Task[T]) -> None:
 
 
 _END = object()
+
+
+async def _next_or_end(items: AsyncGenerator[object, None]) -> object:
+    return await anext(items, _END)
 
 
 class ThreadedIterator(AsyncIterator[T], Generic[T]):

@@ -4,6 +4,9 @@
     |-- InputError                       what was given can't be sent; found before anything is sent
     |-- StreamInterruptedError           a stream broke and could not be resumed in time
     |-- ClientClosedError                the client was closed
+    |-- RolloutError                     a version that was waited for does not come into service
+    |   |-- VersionRejectedError         a gate, the evidence or a person rejected it
+    |   `-- RolloutTimeoutError          that was not settled in time
     `-- RpcError                         a server, or gRPC on its behalf, answered with an error
         |-- CallCancelledError           CANCELLED
         |-- UnknownError                 UNKNOWN
@@ -62,6 +65,33 @@ class StreamInterruptedError(ModelportError):
         super().__init__(message)
         self.answered = answered
         self.unanswered = unanswered
+
+
+class RolloutError(ModelportError):
+    """A version that was waited for does not come into service, as things stand."""
+
+
+class VersionRejectedError(RolloutError):
+    """A version was rejected; it is not tried again unless somebody approves it.
+
+    Args:
+        model: the model's name.
+        version: the version's number.
+        gate: the gate that it failed; ``rollback`` if it was rolled back.
+        reason: what was found.
+    """
+
+    def __init__(self, model: str, version: int, *, gate: str, reason: str) -> None:
+        what = "was rolled back" if gate == "rollback" else f"was rejected at the gate {gate}"
+        super().__init__(f"{model} version {version} {what}: {reason or 'no reason was given'}")
+        self.model = model
+        self.version = version
+        self.gate = gate
+        self.reason = reason
+
+
+class RolloutTimeoutError(RolloutError, TimeoutError):
+    """Whether a version comes into service was not settled in time."""
 
 
 class RpcError(ModelportError):
