@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modelport.names import is_valid_name, shown
 from modelport_server.errors import InvalidCallError, NotAvailableError, NotLoadedError, UnknownNameError
 from modelport_server.servable import Servable
+
+
+@dataclass(slots=True)
+class Canary:
+    """A candidate that gets a share of the calls that name no version."""
+
+    servable: Servable
+    share: float
+    """Of the calls, 0 to 1."""
+    _owed: float = field(default=0.0, init=False)
+    """How much of a call without a key it has not got yet."""
+
+    def takes(self, model: str, key: str) -> bool:
+        """Returns whether a call is the candidate's.
+
+        Calls with a key are told apart by a hash of the model, the version and the key, alike on every
+        server; a larger share takes the keys of a smaller one and more. Calls without one are spread
+        evenly: after n calls it has had the share of n, to within one call.
+        """
+        if key:
+            return key_position(model, self.servable.version, key) < self.share
+        self._owed += self.share
+        if self._owed < 1 - 1e-9:
+            return False
+        self._owed -= 1
+        return True
+
+
+def key_position(model: str, version: int, key: str) -> float:
+    """Returns where in 0 <= x < 1 a routing key lies when ``version`` is the candidate.
+
+    The first eight bytes of BLAKE2b over ``model@version/key``, big-endian, divided by 2 ** 64.
+    """
+    digest = hashlib.blake2b(f"{model}@{version}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
 
 
 @dataclass(slots=True)
@@ -23,6 +59,14 @@ class Route:
     """Every version in the registry with its state, for messages."""
     coming: frozenset[int] = frozenset()
     """Versions that have not come to the end of their loading."""
+    canary: Canary | None = None
+    """Shares the calls that name no version with ``serving``."""
+
+    def in_charge(self, model: str, key: str) -> Servable | None:
+        """Returns who answers a call that names no version; counts it."""
+        if self.canary is not None and self.canary.takes(model, key):
+            return self.canary.servable
+        return self.serving
 
 
 class Router:
@@ -39,8 +83,14 @@ class Router:
         """Forgets a model."""
         self._routes.pop(model, None)
 
-    def resolve(self, model: str, *, version: int | None = None, alias: str | None = None) -> Servable:
+    def resolve(self, model: str, *, version: int | None = None, alias: str | None = None, key: str = "") -> Servable:
         """Returns the servable that answers.
+
+        Args:
+            model: the model's name.
+            version: a version, if the call names one.
+            alias: an alias instead of a version.
+            key: calls with equal keys go the same way while a rollout shares out the calls.
 
         Raises:
             InvalidCallError: if a name is not legal.
@@ -58,9 +108,10 @@ class Router:
                 raise UnknownNameError(f"model {model!r} has no alias {alias!r}")
             version = route.aliases[alias]
         if version is None:
-            if route.serving is None:
+            in_charge = route.in_charge(model, key)
+            if in_charge is None:
                 raise NotAvailableError(f"model {model!r} has no available version yet", retry_after_s=0.5)
-            return route.serving
+            return in_charge
         found = route.available.get(version)
         if found is not None:
             return found

@@ -18,6 +18,7 @@ from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, R
 from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError
 from modelport_server.once import Signal
 from modelport_server.options import BatchLimits, EngineLimits
+from modelport_server.rollout.observation import Observer
 from modelport_server.signatures import (
     arrange,
     batch_key,
@@ -72,6 +73,8 @@ class Servable:
         self.engine_name = ""
         self.golden_examples = 0
         self.retire_streams = Signal()
+        self.observers: tuple[Observer, ...] = ()
+        self._observed: dict[Call, None] = {}
         self._order = order
         self._engine_limits = engine_limits
         self._on_state = on_state
@@ -199,11 +202,20 @@ class Servable:
         """Gives a lease back."""
         self._leases -= 1
 
+    @property
+    def oldest_wait_s(self) -> float:
+        """How long the oldest of the calls that are observed has been under way, in seconds; 0 without any."""
+        oldest = next(iter(self._observed), None)
+        return monotonic() - oldest.enqueued_at if oldest is not None else 0.0
+
     async def run(self, batch: Batch) -> BatchOutput:
         """Runs a batch on the engine, as the batcher asks."""
         if self._engine is None:
             raise EngineDiedError("the engine is not there")
-        return await self._engine.run(batch)
+        output = await self._engine.run(batch)
+        for observer in self.observers:
+            observer.on_batch(batch, output)
+        return output
 
     def signature(self, name: str) -> ServedSignature:
         """Returns the signature named, ``serving_default`` for an empty name.
@@ -257,6 +269,15 @@ class Servable:
         """
         if not call.ended:
             self._batcher.submit(call)
+            if self.observers:
+                self._observed[call] = None
+                call.future.add_done_callback(lambda _: self._on_call_ended(call))
+
+    def _on_call_ended(self, call: Call) -> None:
+        self._observed.pop(call, None)
+        now = monotonic()
+        for observer in self.observers:
+            observer.on_call(call, now)
 
     async def room(self, call: Call) -> None:
         """Returns when the queue has room for ``call``."""

@@ -41,8 +41,9 @@ class PredictRequest(google.protobuf.message.Message):
     sequence: builtins.int
     """Any number; it comes back in the answer, so that callers can match the two."""
     routing_key: builtins.str
-    """Reserved: accepted, and used once rollouts share out traffic; calls with
-    equal keys will then be routed alike.
+    """While a rollout shares out the calls that name no version, those with equal
+    keys go the same way, on every server; without a key calls are spread
+    evenly. In a stream, the first message's key holds for those without one.
     """
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[modelport.v1.tensor_pb2.Tensor]:

@@ -28,6 +28,7 @@ class Request:
     sequence: int
     size: int
     """The bytes of the message."""
+    routing_key: str = ""
 
 
 def parse_predict(raw: bytes) -> prediction_pb2.PredictRequest:
@@ -70,6 +71,7 @@ def to_request(message: prediction_pb2.PredictRequest, size: int) -> Request:
         outputs=tuple(message.outputs),
         sequence=message.sequence,
         size=size,
+        routing_key=message.routing_key,
     )
 
 

@@ -76,7 +76,9 @@ class PredictionService:
 
     async def _answer(self, raw: bytes, context: Context) -> bytes:
         request = to_request(parse_predict(raw), len(raw))
-        servable = self._router.resolve(request.model, version=request.version, alias=request.alias)
+        servable = self._router.resolve(
+            request.model, version=request.version, alias=request.alias, key=request.routing_key
+        )
         answer = await _run(servable, request, deadline_of(context))
         response = to_response(request.model, answer, request.outputs, request.sequence)
         return packed(response, self._options.max_message_bytes)

@@ -153,7 +153,8 @@ class PredictStream:
             choice = first.WhichOneof("version_choice")
             version = first.version if choice == "version" else None
             alias = first.alias if choice == "alias" else None
-        servable = self._router.resolve(request.model or first.model, version=version, alias=alias)
+        key = request.routing_key or first.routing_key
+        servable = self._router.resolve(request.model or first.model, version=version, alias=alias, key=key)
         if not self._follow:
             self._pin(servable)
         return servable
@@ -247,7 +248,7 @@ class PredictStream:
 
 def _names_of(message: pb.PredictRequest) -> pb.PredictRequest:
     """Returns a copy without the tensors: what the later messages of a stream may leave out."""
-    names = pb.PredictRequest(model=message.model, signature=message.signature)
+    names = pb.PredictRequest(model=message.model, signature=message.signature, routing_key=message.routing_key)
     choice = message.WhichOneof("version_choice")
     if choice == "version":
         names.version = message.version

@@ -1,0 +1,67 @@
+"""The batching policy: which rows run together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from dataclasses import replace
+
+import pytest
+
+from modelport_server.batching.calls import Call
+from modelport_server.batching.policy import close_batch
+from modelport_server.options import BatchLimits
+from tests.support.engines import new_call
+
+LIMITS = BatchLimits(max_batch_size=4, max_batch_bytes=64)
+
+
+@pytest.fixture
+def loop() -> Generator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def _calls(loop: asyncio.AbstractEventLoop, *sizes: int, splittable: bool = True) -> list[Call]:
+    return [new_call(list(range(size)), loop, splittable=splittable) for size in sizes]
+
+
+def _closed(calls: list[Call], limits: BatchLimits = LIMITS, in_flight: int = 0) -> list[tuple[int, int, int]] | None:
+    """Returns the batch as (index of the call, first row, row after the last)."""
+    selection = close_batch(calls, limits, in_flight=in_flight)
+    return None if selection is None else [(calls.index(call), start, stop) for call, start, stop in selection.parts]
+
+
+def test_an_idle_engine_takes_whatever_waits(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 1)) == [(0, 0, 1)]
+    assert _closed(_calls(loop, 1, 2)) == [(0, 0, 1), (1, 0, 2)]
+    assert _closed([]) is None
+
+
+def test_a_busy_engine_gets_full_batches_alone(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 1, 2), in_flight=1) is None
+    assert _closed(_calls(loop, 1, 3), in_flight=1) == [(0, 0, 1), (1, 0, 3)]
+
+
+def test_the_last_call_is_split_where_the_batch_is_full(loop: asyncio.AbstractEventLoop) -> None:
+    calls = _calls(loop, 3, 5)
+    assert _closed(calls) == [(0, 0, 3), (1, 0, 1)]
+    calls[1].taken_rows = 1
+    assert _closed(calls[1:]) == [(0, 1, 5)]
+
+
+def test_bytes_bound_a_batch_too(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 4), replace(LIMITS, max_batch_bytes=16), in_flight=1) == [(0, 0, 2)]
+
+
+def test_a_row_larger_than_a_batch_runs_alone(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 1, 1), replace(LIMITS, max_batch_bytes=7)) == [(0, 0, 1)]
+    assert _closed(_calls(loop, 2), replace(LIMITS, max_batch_bytes=7)) == [(0, 0, 1)]
+
+
+def test_a_call_that_cant_be_split_runs_alone(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 9, 1, splittable=False)) == [(0, 0, 1)]
+    assert _closed(_calls(loop, 1, splittable=False), in_flight=1) == [(0, 0, 1)]
+    mixed = [*_calls(loop, 1), *_calls(loop, 1, splittable=False)]
+    assert _closed(mixed, in_flight=1) == [(0, 0, 1)]
