@@ -8,6 +8,7 @@ from modelport_registry._errors import (
     NotFoundError,
     RegistryError,
 )
+from modelport_registry._graph import GraphFunction, GraphNode, MetaGraph, read_graph
 from modelport_registry._json import JSON
 from modelport_registry._manifest import FileEntry, Lineage, Manifest, SignatureSpec, TensorSpec
 from modelport_registry._registry import Registry
@@ -20,11 +21,14 @@ __all__ = [
     "FileEntry",
     "GarbageReport",
     "Golden",
+    "GraphFunction",
+    "GraphNode",
     "IntegrityError",
     "InvalidModelError",
     "JournalEntry",
     "Lineage",
     "Manifest",
+    "MetaGraph",
     "NotFoundError",
     "Published",
     "Registry",
@@ -32,4 +36,5 @@ __all__ = [
     "SignatureSpec",
     "State",
     "TensorSpec",
+    "read_graph",
 ]
