@@ -19,7 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATOR = ("grpcio-tools==1.74.0", "protobuf==6.31.1", "mypy-protobuf==3.6.0", "setuptools==80.9.0")
-TARGETS = {"modelport": ROOT / "client", "modelport_registry": ROOT / "registry"}  # by top folder
+TARGETS = {  # by top folder
+    "modelport": ROOT / "client",
+    "modelport_registry": ROOT / "registry",
+    "modelport_server": ROOT / "server",
+}
 ENVIRONMENT = ROOT / ".venv-protos"
 
 
