@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,14 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535
 
 
+def _is_local(address: str) -> bool:
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return address.startswith("unix:") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
     """Bounds of a servable's queue and of the batches that are made from it."""
@@ -51,20 +60,43 @@ class BatchLimits:
 class EngineLimits:
     """Bounds of an engine process."""
 
+    integrity_timeout_s: float = 300.0
+    """The longest that reading and checking all files of a version may take, in seconds. Default 300."""
+    safety_timeout_s: float = 60.0
+    """The longest that looking through a version's operations may take, in seconds. Default 60."""
+    signature_timeout_s: float = 10.0
+    """The longest that comparing signatures may take, in seconds. Default 10."""
     load_timeout_s: float = 300.0
-    """The longest that verifying, loading and warming up may take, in seconds. Default 300."""
+    """The longest that loading may take, in seconds. Default 300."""
+    golden_timeout_s: float = 300.0
+    """The longest that running the golden examples may take, in seconds. Default 300."""
+    warm_up_timeout_s: float = 120.0
+    """The longest that warming up may take, in seconds. Default 120."""
     run_timeout_s: float = 60.0
     """The longest that one batch may run before the engine counts as hung, in seconds. Default 60."""
     max_memory_bytes: int = 0
     """The most resident memory of an engine process; 0, the default, means 80% of the machine's."""
+    max_threads: int = 1024
+    """The most threads of an engine process. Default 1024."""
     threads: int = 0
     """Threads that one operation may use; 0, the default, leaves it to the engine."""
     max_concurrent_loads: int = 2
     """How many versions load at the same time, over all models. Default 2."""
+    zygote: bool = True
+    """Fork engine processes from one that has imported TensorFlow already. Default on."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.load_timeout_s <= _DAY_S, "load_timeout_s must be above 0 and at most a day")
-        _require(0 < self.run_timeout_s <= _DAY_S, "run_timeout_s must be above 0 and at most a day")
+        for name in (
+            "integrity_timeout_s",
+            "safety_timeout_s",
+            "signature_timeout_s",
+            "load_timeout_s",
+            "golden_timeout_s",
+            "warm_up_timeout_s",
+            "run_timeout_s",
+        ):
+            _require(0 < getattr(self, name) <= _DAY_S, f"{name} must be above 0 and at most a day")
+        _require(self.max_threads >= 1, "max_threads must be at least 1")
         _require(self.max_memory_bytes >= 0, "max_memory_bytes must not be negative")
         _require(self.threads >= 0, "threads must not be negative")
         _require(self.max_concurrent_loads >= 1, "max_concurrent_loads must be at least 1")
@@ -140,6 +172,8 @@ class ServerOptions:
     """The models to serve; none, the default, means all that the registry has."""
     address: str = "127.0.0.1:8500"
     """Where to listen: ``host:port``, port 0 for any free one, or ``unix:PATH``."""
+    allow_control: bool = False
+    """Let callers beyond this machine change rollouts too: whoever reaches the port may. Default off."""
     grace_s: float = 10.0
     """How long accepted calls may take after SIGTERM, in seconds. Default 10."""
     lame_duck_s: float = 0.3
@@ -152,6 +186,8 @@ class ServerOptions:
     """How versions come and go."""
     rpc: RpcOptions = field(default_factory=RpcOptions)
     """The gRPC server's bounds."""
+    actor: str = field(default_factory=lambda: f"server {os.getpid()}@{os.uname().nodename}")
+    """Who the journal says decided. Default: the process id and the host's name."""
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -162,3 +198,8 @@ class ServerOptions:
         )
         _require(0 <= self.grace_s <= _DAY_S, "grace_s must be in 0 .. a day")
         _require(0 <= self.lame_duck_s <= 60, "lame_duck_s must be in 0 .. 60")
+
+    @property
+    def changes_allowed(self) -> bool:
+        """Whether callers may change rollouts: where only this machine can call, or where it is asked for."""
+        return self.allow_control or _is_local(self.address)

@@ -6,16 +6,20 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
 from modelport.names import DEFAULT_SIGNATURE, shown
+from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
+from modelport_server.engines.protocol import Array
+from modelport_server.engines.spawner import Spawner
 from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError
+from modelport_server.gates.result import GateResult
 from modelport_server.once import Signal
 from modelport_server.options import BatchLimits, EngineLimits
 from modelport_server.rollout.observation import Observer
@@ -34,6 +38,7 @@ _log = logging.getLogger(__name__)
 _CRASHES_TO_REJECT = 3
 _CRASH_WINDOW_S = 60.0
 _UNREADABLE_S = 1.0
+_PROBE = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,17 @@ class ServedSignature:
 
     spec: SignatureSpec
     batched: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one batch cost that ran by itself."""
+
+    engine_time_us: int
+    """How long it ran."""
+    cpu_time_us: int
+    """The processor time that the engine process spent meanwhile, over all its threads."""
+    rows: int
 
 
 class Servable:
@@ -54,6 +70,7 @@ class Servable:
         engine_limits: bounds of the engine process.
         on_state: told ``verifying``, ``loading`` and ``warming`` as they begin.
         on_rejected: called with gate and reason when the engine has crashed too often to go on.
+        spawner: forks engine processes, if it can; without one they are started by themselves.
     """
 
     def __init__(
@@ -65,6 +82,7 @@ class Servable:
         *,
         on_state: Callable[[str], None],
         on_rejected: Callable[[str, str], object],
+        spawner: Spawner | None = None,
     ) -> None:
         self.model = order.model
         self.version = order.version
@@ -72,6 +90,7 @@ class Servable:
         self.signatures: dict[str, ServedSignature] = {}
         self.engine_name = ""
         self.golden_examples = 0
+        self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
         self.observers: tuple[Observer, ...] = ()
         self._observed: dict[Call, None] = {}
@@ -79,6 +98,8 @@ class Servable:
         self._engine_limits = engine_limits
         self._on_state = on_state
         self._on_rejected = on_rejected
+        self._spawner = spawner
+        self._probes: dict[Call, Probe | None] = {}
         self._engine: EngineProcess | None = None
         self._batcher = Batcher(self, limits, order.version)
         self._leases = 0
@@ -115,6 +136,7 @@ class Servable:
         loaded = await self._load()
         self.engine_name = loaded.engine
         self.golden_examples = loaded.golden_examples
+        self.gates = loaded.gates
         self.signatures = {
             name: ServedSignature(spec, is_batchable(spec) and name not in loaded.dependent)
             for name, spec in self.manifest.signatures.items()
@@ -129,7 +151,7 @@ class Servable:
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
     async def _load(self) -> Loaded:
-        engine = EngineProcess(self._engine_limits, self._on_state)
+        engine = EngineProcess(self._engine_limits, self._on_state, self._spawner)
         try:
             loaded = await engine.load(self._order)
         except BaseException:
@@ -213,9 +235,42 @@ class Servable:
         if self._engine is None:
             raise EngineDiedError("the engine is not there")
         output = await self._engine.run(batch)
+        if batch.parts[0].call in self._probes:
+            self._on_probe(batch, output)
+            return output
         for observer in self.observers:
             observer.on_batch(batch, output)
         return output
+
+    def _on_probe(self, batch: Batch, output: BatchOutput) -> None:
+        call = batch.parts[0].call
+        self._probes[call] = Probe(output.engine_time_us, output.cpu_time_us, _rows(call.inputs))
+
+    async def probe(self, signature: str, inputs: Mapping[str, Array]) -> Probe:
+        """Runs one batch by itself and returns what it cost.
+
+        It waits for its turn like a call, is not joined with others, and no observer hears of it.
+
+        Args:
+            signature: its name.
+            inputs: every input, all rows at once.
+
+        Raises:
+            ServeError: if it can't be run.
+        """
+        spec = self.signature(signature).spec
+        arranged = arrange(spec, [_raw(name, array) for name, array in inputs.items()])
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        call = Call(spec.name, (spec.name, _PROBE), arranged, 1, splittable=False, future=future)
+        self._probes[call] = None
+        try:
+            self._batcher.submit(call)
+            await future
+            probe = self._probes[call]
+            assert probe is not None
+            return probe
+        finally:
+            del self._probes[call]
 
     def signature(self, name: str) -> ServedSignature:
         """Returns the signature named, ``serving_default`` for an empty name.
@@ -290,3 +345,13 @@ class Servable:
                 await self._batcher.room(call)
         except TimeoutError:
             return  # queueing it says that it has expired
+
+
+def _raw(name: str, array: Array) -> RawTensor:
+    dtype = dtype_of(array)
+    return RawTensor(name, dtype, array.shape, array_bytes(array, dtype))
+
+
+def _rows(inputs: Sequence[RawTensor]) -> int:
+    """Returns how many rows a call has; 1 where the first dimension says nothing."""
+    return next((tensor.shape[0] for tensor in inputs if tensor.shape), 1)

@@ -100,6 +100,8 @@ class BatchOutput:
     outputs: tuple[RawTensor, ...]
     engine_time_us: int
     release: Callable[[], None]
+    cpu_time_us: int = 0
+    """The processor time that the engine process spent on it, over all its threads."""
 
 
 class BatchRunner(Protocol):

@@ -1,8 +1,10 @@
 """What the front and an engine process say to each other over their socket pair.
 
 Each message is one JSON object in one packet; tensors lie in the shared memory of the slot that the
-message names. The front sends ``load`` once, then ``run`` for each batch; the engine process answers
-with ``state`` and then ``ready`` or ``rejected``, and with ``done`` or ``failed`` for each ``run``.
+message names. The front sends ``load`` once, with the order in the first slot's memory, then ``run`` for
+each batch. The engine process answers with ``begin`` and ``end`` for each gate and then, if all were
+passed, ``ready``, or ``unreadable``; and with ``done`` or ``failed`` for each ``run``. A ``warning`` may
+come at any time.
 """
 
 from __future__ import annotations
@@ -36,10 +38,28 @@ def pack(message: Message) -> bytes:
     return packet
 
 
+def unpack(packet: bytes) -> Message:
+    """Returns the message in a packet."""
+    message: Message = json.loads(packet)
+    return message
+
+
 def receive(channel: socket.socket) -> Message | None:
     """Returns the next message; None when the other side is gone."""
     packet = channel.recv(MAX_MESSAGE_BYTES)
-    return json.loads(packet) if packet else None
+    return unpack(packet) if packet else None
+
+
+def write_document(region: Region, document: Message) -> int:
+    """Puts a JSON object of any size into shared memory, and returns its size in bytes."""
+    data = json.dumps(document).encode()
+    region.at_least(len(data))[: len(data)] = data
+    return len(data)
+
+
+def read_document(region: Region, size: int) -> Message:
+    """Returns the JSON object that the other side put there."""
+    return unpack(bytes(region.at_least(size)[:size]))
 
 
 def describe(tensors: Sequence[RawTensor]) -> tuple[list[list[Any]], int]:

@@ -5,29 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 from modelport.exceptions import ModelportError
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
+from modelport_server.engines.order import Loaded as Loaded
+from modelport_server.engines.order import LoadOrder as LoadOrder
+from modelport_server.engines.spawner import Child, Spawner, execute, exit_text
 from modelport_server.errors import EngineDiedError, ModelFailureError
+from modelport_server.gates import result as gates
+from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import EngineLimits
 from modelport_server.tensors import RawTensor, cut_rows, join_rows
 
 _log = logging.getLogger(__name__)
 _SLOTS = 2
 _STOP_S = 1.0
-_MEMORY_POLL_S = 0.2
+_USE_POLL_S = 0.2
 _ENDED = "the engine process ended"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_STATES = {gates.INTEGRITY: "verifying", gates.LOAD: "loading", gates.GOLDEN: "warming"}
+"""The state that a version enters with a gate; it keeps it in the gates after that."""
 
 
 class RejectedError(Exception):
@@ -36,36 +42,17 @@ class RejectedError(Exception):
     Args:
         gate: which one.
         reason: why, in one line.
+        results: what each gate found, the failed one last.
     """
 
-    def __init__(self, gate: str, reason: str) -> None:
+    def __init__(self, gate: str, reason: str, results: tuple[GateResult, ...] = ()) -> None:
         super().__init__(reason)
         self.gate = gate
+        self.gates = results
 
 
 class UnreadableError(ModelportError):
     """A version could not be read or its engine not be started for now, which says nothing about the version."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOrder:
-    """What an engine process should load."""
-
-    root: Path
-    model: str
-    version: int
-    largest: int
-    """The largest batch that it will be given, in rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What an engine process says once it can run batches."""
-
-    engine: str
-    golden_examples: int
-    dependent: tuple[str, ...]
-    """Signatures that look batched, but whose rows depend on each other."""
 
 
 class EngineProcess:
@@ -74,16 +61,22 @@ class EngineProcess:
     Args:
         limits: bounds of time and memory.
         on_state: told ``verifying``, ``loading`` and ``warming`` as they begin.
+        spawner: forks the process, if it can; without one it is started by itself.
     """
 
-    def __init__(self, limits: EngineLimits, on_state: Callable[[str], None]) -> None:
+    def __init__(self, limits: EngineLimits, on_state: Callable[[str], None], spawner: Spawner | None = None) -> None:
         self._limits = limits
         self._on_state = on_state
-        self._process: subprocess.Popen[bytes] | None = None
+        self._spawner = spawner
+        self._process: Child | None = None
         self._channel: socket.socket | None = None
         self._regions: list[tuple[Region, Region]] = []
         self._free: list[int] = []
         self._ready: asyncio.Future[Loaded] | None = None
+        self._gate = gates.INTEGRITY
+        self._gate_began = 0.0
+        self._state = ""
+        self._results: list[GateResult] = []
         self._running: dict[int, asyncio.Future[messages.Message]] = {}
         self._next_id = 0
         self._ended = asyncio.Event()
@@ -115,35 +108,50 @@ class EngineProcess:
         """Starts the process and returns when the version has passed its gates and is warm.
 
         Raises:
-            RejectedError: if a gate failed, or the process died, hung or took too much memory.
+            RejectedError: if a gate failed, or the process died in it, took longer than it may, or took
+                more memory or threads than it may.
             UnreadableError: if the version could not be read.
             OSError: if the process could not be started.
         """
-        loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
-        message = {
-            "op": "load",
-            "root": str(order.root),
-            "model": order.model,
-            "version": order.version,
-            "largest": order.largest,
-            "threads": self._limits.threads,
-        }
-        self._start(loop)
+        self._ready = asyncio.get_running_loop().create_future()
         try:
-            self._send(message)
-            return await asyncio.wait_for(asyncio.shield(self._ready), self._limits.load_timeout_s)
-        except TimeoutError:
-            self.kill(f"loading took more than {self._limits.load_timeout_s:g} s")
-            raise RejectedError("load", self._why) from None
+            await self._start()
+            self._begin(gates.INTEGRITY)
+            self._send({"op": "load", "size": messages.write_document(self._regions[0][0], self._document(order))})
+            return await asyncio.shield(self._ready)
         except EngineDiedError:
             await self.stop()  # to know how it ended
-            raise RejectedError("load", self._why) from None
+            raise self._rejection() from None
         except asyncio.CancelledError:
             self.kill("it is not wanted any more")
             raise
 
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _document(self, order: LoadOrder) -> messages.Message:
+        limits = self._limits
+        return order.to_json() | {"threads": limits.threads, "warm_up_s": limits.warm_up_timeout_s}
+
+    def _rejection(self) -> RejectedError:
+        """Returns the end of the gate in which the process ended."""
+        result = GateResult(self._gate, Outcome.FAILED, monotonic() - self._gate_began, {}, self._why)
+        return RejectedError(self._gate, self._why, (*self._results, result))
+
+    async def _start(self) -> None:
+        child: Child | None = None
+        if self._spawner is not None:
+            with self._open() as theirs:
+                child = await self._spawner.fork(self._fds(theirs))
+        if child is None:
+            self._close()
+            with self._open() as theirs:
+                child = execute(self._fds(theirs))
+        assert self._channel is not None
+        self._process = child
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel.fileno(), self._on_readable)
+        self._watch = loop.create_task(self._watch_use())
+
+    def _open(self) -> socket.socket:
+        """Makes the socket pair and the slots; returns the engine's end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for side in (ours, theirs):
             side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * messages.MAX_MESSAGE_BYTES)
@@ -151,13 +159,18 @@ class EngineProcess:
         self._channel = ours
         self._regions = [(Region.create("inputs"), Region.create("outputs")) for _ in range(_SLOTS)]
         self._free = list(range(_SLOTS))
-        fds = [theirs.fileno(), *(region.fd for pair in self._regions for region in pair)]
-        # -P: what lies in the folder that the server was started in must not be imported.
-        command = [sys.executable, "-P", "-m", "modelport_server.engines.worker", str(os.getpid()), *map(str, fds)]
-        with theirs:
-            self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=_environment())
-        loop.add_reader(ours.fileno(), self._on_readable)
-        self._watch = loop.create_task(self._watch_memory())
+        return theirs
+
+    def _fds(self, theirs: socket.socket) -> list[int]:
+        return [theirs.fileno(), *(region.fd for pair in self._regions for region in pair)]
+
+    def _close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        for pair in self._regions:
+            for region in pair:
+                region.close()
+        self._regions = []
 
     def _send(self, message: messages.Message) -> None:
         assert self._channel is not None
@@ -187,16 +200,36 @@ class EngineProcess:
             self._watch_oldest()
             if future is not None and not future.done():
                 future.set_result(message)
-        elif op == "state":
-            self._on_state(message["state"])
-        elif self._ready is None or self._ready.done():
-            return
+        elif op == "warning":
+            _warn_once(message["text"])
+        elif self._ready is not None and not self._ready.done():
+            self._on_loading(message, self._ready)
+
+    def _on_loading(self, message: messages.Message, ready: asyncio.Future[Loaded]) -> None:
+        op = message["op"]
+        if op == "begin":
+            self._begin(message["gate"])
+        elif op == "end":
+            self._results.append(_gate_result(message))
+            if self._results[-1].outcome is Outcome.FAILED:
+                ready.set_exception(RejectedError(self._gate, message["reason"], tuple(self._results)))
         elif op == "ready":
-            self._ready.set_result(Loaded(message["engine"], message["golden"], tuple(message["dependent"])))
-        elif op == "rejected":
-            self._ready.set_exception(RejectedError(message["gate"], message["reason"]))
+            golden, dependent = message["golden"], tuple(message["dependent"])
+            ready.set_result(Loaded(message["engine"], golden, dependent, tuple(self._results)))
         elif op == "unreadable":
-            self._ready.set_exception(UnreadableError(message["reason"]))
+            ready.set_exception(UnreadableError(message["reason"]))
+        if ready.done():
+            self._stop_timer()
+
+    def _begin(self, gate: str) -> None:
+        """Times the gate until the next one begins."""
+        self._gate, self._gate_began = gate, monotonic()
+        self._stop_timer()
+        limit_s = _limit_s(self._limits, gate)
+        self._timer = asyncio.get_running_loop().call_later(limit_s, self.kill, f"took more than {limit_s:g} s")
+        if gate in _STATES and self._state != _STATES[gate]:
+            self._state = _STATES[gate]
+            self._on_state(self._state)
 
     async def run(self, batch: Batch) -> BatchOutput:
         """Runs a batch; the outputs are views of shared memory until ``release`` is called.
@@ -228,7 +261,7 @@ class EngineProcess:
             self._free.append(slot)
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
         outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
-        return BatchOutput(outputs, reply["us"], partial(self._free.append, slot))
+        return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
 
     def _run_message(self, number: int, slot: int, batch: Batch) -> messages.Message:
         tensors = _joined(batch)
@@ -245,27 +278,33 @@ class EngineProcess:
 
     def _watch_oldest(self) -> None:
         """Times the batch that the engine has begun: it runs one after another, whatever is queued."""
+        self._stop_timer()
+        if self._running:
+            self._timer = asyncio.get_running_loop().call_later(self._limits.run_timeout_s, self._on_hang)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._running:
-            self._timer = asyncio.get_running_loop().call_later(self._limits.run_timeout_s, self._on_hang)
 
     def _on_hang(self) -> None:
         self.kill(f"a batch ran for more than {self._limits.run_timeout_s:g} s")
 
-    async def _watch_memory(self) -> None:
-        limit = self._limits.memory_limit_bytes
+    async def _watch_use(self) -> None:
+        limits = self._limits
+        memory_limit = limits.memory_limit_bytes
         while not self._ended.is_set():
-            if _resident_bytes(self.pid) > limit:
-                self.kill(f"it took more than {limit >> 20} MiB of memory")
-                return
-            await asyncio.sleep(_MEMORY_POLL_S)
+            resident, threads = _use(self.pid)
+            if resident > memory_limit:
+                self.kill(f"it took more than {memory_limit >> 20} MiB of memory")
+            elif threads > limits.max_threads:
+                self.kill(f"it has more than {limits.max_threads} threads")
+            await asyncio.sleep(_USE_POLL_S)
 
     def kill(self, why: str) -> None:
         """Ends the process at once; everything that it had under way fails."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
         self._die(why)
 
     def _die(self, why: str) -> None:
@@ -295,11 +334,8 @@ class EngineProcess:
             process, self._process = self._process, None
             code = await asyncio.to_thread(_reap, process)
             if code and self._why == _ENDED:
-                self._why = f"{_ENDED}: {_exit_text(code)}"
-        for pair in self._regions:
-            for region in pair:
-                region.close()
-        self._regions = []
+                self._why = f"{_ENDED}: {exit_text(code)}"
+        self._close()
 
 
 def _joined(batch: Batch) -> list[RawTensor]:
@@ -314,7 +350,7 @@ def _joined(batch: Batch) -> list[RawTensor]:
     ]
 
 
-def _reap(process: subprocess.Popen[bytes]) -> int:
+def _reap(process: Child) -> int:
     try:
         return process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
@@ -322,16 +358,32 @@ def _reap(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def _exit_text(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-
-def _resident_bytes(pid: int) -> int:
+def _use(pid: int) -> tuple[int, int]:
+    """Returns the resident bytes and the number of threads of a process; zeros if it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[21]) * _PAGE_BYTES, int(fields[17])  # rss and num_threads, see proc(5)
     except (OSError, IndexError):
-        return 0
+        return 0, 0
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3")}
+def _gate_result(message: Mapping[str, Any]) -> GateResult:
+    outcome = Outcome(message["outcome"])
+    return GateResult(message["gate"], outcome, message["seconds"], message["figures"], message.get("reason", ""))
+
+
+def _limit_s(limits: EngineLimits, gate: str) -> float:
+    return {
+        gates.INTEGRITY: limits.integrity_timeout_s,
+        gates.SAFETY: limits.safety_timeout_s,
+        gates.SIGNATURE: limits.signature_timeout_s,
+        gates.LOAD: limits.load_timeout_s,
+        gates.GOLDEN: limits.golden_timeout_s,
+        gates.WARM_UP: limits.warm_up_timeout_s,
+    }[gate]
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Logs what would be the same for each engine process."""
+    _log.warning("%s", text)

@@ -2,62 +2,91 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from modelport_registry import Golden, SignatureSpec
+from modelport_registry import JSON, Golden
 from modelport_server.engines.protocol import Array, Engine, EngineError
 
-_WARM_UP_S = 5.0
+_MOST_OUTPUTS_SHOWN = 32
 
 
 class GoldenMismatchError(Exception):
     """The outputs differ from the published ones; the text says where and by how much."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Verified:
-    """What the golden check found."""
+    """What the golden check has found so far."""
 
-    examples: int
+    examples: int = 0
     """How many examples were reproduced."""
-    dependent: tuple[str, ...]
+    dependent: list[str] = field(default_factory=list[str])
     """Batched signatures whose rows turned out to depend on each other: they run as they are called."""
+    batch_sizes: set[int] = field(default_factory=set[int])
+    """The sizes, in rows, that examples were run at."""
+    differences: dict[str, float] = field(default_factory=dict[str, float])
+    """The largest absolute difference of each output, named ``signature/output``, that is a number at both ends."""
+
+    def figures(self) -> dict[str, JSON]:
+        """Returns it for people, with the outputs that are off the most."""
+        worst = sorted(self.differences.items(), key=lambda item: -item[1])[:_MOST_OUTPUTS_SHOWN]
+        return {
+            "examples": self.examples,
+            "batch_sizes": sorted(self.batch_sizes),
+            "largest_difference": {name: float(f"{value:.3g}") for name, value in worst},
+            "dependent_rows": list(self.dependent),
+        }
 
 
-def check_golden(engine: Engine, golden: Sequence[Golden], batched: Sequence[str], largest: int) -> Verified:
+def check_golden(
+    engine: Engine,
+    golden: Sequence[Golden],
+    batched: Sequence[str],
+    largest: int,
+    verified: Verified | None = None,
+) -> Verified:
     """Runs the golden examples and compares.
 
     Each set is run as it was published, in one call. A batched signature is also run at 1 row, at
     ``largest`` rows and at a size between. If it is right as published and not so in parts, its rows
     depend on each other.
 
+    Args:
+        engine: what runs the model.
+        golden: the examples.
+        batched: the signatures whose rows look independent.
+        largest: the largest batch, in rows.
+        verified: filled as the check goes on, so that it tells how far it came when it fails.
+
     Raises:
         GoldenMismatchError: if an output is off by more than the tolerance that was published with it.
         EngineError: if the model fails on an example.
     """
-    dependent: list[str] = []
-    total = 0
+    found = Verified() if verified is None else verified
     for example in golden:
         rows = _rows(example.inputs) if example.signature in batched else 1
-        _compare(example, engine.run(example.signature, example.inputs))
-        if example.signature in batched and not _row_by_row(engine, example, rows, largest):
-            dependent.append(example.signature)
-        total += rows
-    return Verified(total, tuple(dependent))
+        found.batch_sizes.add(rows)
+        _compare(example, engine.run(example.signature, example.inputs), found.differences)
+        if example.signature in batched and not _row_by_row(engine, example, rows, largest, found):
+            found.dependent.append(example.signature)
+        found.examples += rows
+    return found
 
 
-def _row_by_row(engine: Engine, example: Golden, rows: int, largest: int) -> bool:
-    sizes = {1, max(1, min(largest, rows * 2) // 2), largest}
+def _row_by_row(engine: Engine, example: Golden, rows: int, largest: int, found: Verified) -> bool:
+    differences = dict(found.differences)
+    between = max(2, min(rows, largest // 2)) if largest > 2 else 1
     try:
-        for size in sorted(sizes):
-            _compare(example, _run_in_batches(engine, example, rows, size))
+        for size in sorted({1, between, largest}):
+            _compare(example, _run_in_batches(engine, example, rows, size), differences)
     except (GoldenMismatchError, EngineError):
         return False
+    found.batch_sizes |= {1, between, largest}
+    found.differences |= differences
     return True
 
 
@@ -77,97 +106,65 @@ def _run_in_batches(engine: Engine, example: Golden, rows: int, size: int) -> di
     return {name: array[:rows] for name, array in joined.items()}
 
 
-def _compare(example: Golden, outputs: Mapping[str, Array]) -> None:
+def _compare(example: Golden, outputs: Mapping[str, Array], differences: dict[str, float]) -> None:
     for name, expected in example.outputs.items():
         if name not in outputs:
             raise GoldenMismatchError(f"{example.signature}: the output {name!r} is missing")
-        difference = _difference(np.asarray(expected), np.asarray(outputs[name]), example)
+        difference, largest = _difference(np.asarray(expected), np.asarray(outputs[name]), example)
+        key = f"{example.signature}/{name}"
+        differences[key] = max(largest, differences.get(key, 0.0))
         if difference:
             raise GoldenMismatchError(f"{example.signature}: output {name!r} {difference}")
 
 
-def _difference(expected: Array, actual: Array, example: Golden) -> str:
-    """Returns what is different between two outputs, or nothing."""
+def _difference(expected: Array, actual: Array, example: Golden) -> tuple[str, float]:
+    """Returns what is different between two outputs, or nothing, and the largest absolute difference."""
     if expected.shape != actual.shape:
-        return f"has shape {list(actual.shape)}, published was {list(expected.shape)}"
-    if expected.dtype.kind not in "fV" and expected.dtype.name != "bfloat16":
-        wrong = int(np.count_nonzero(expected != actual))
-        return f"differs from what was published in {wrong} of {expected.size} values" if wrong else ""
-    left, right = expected.astype(np.float64), actual.astype(np.float64)
-    bad = ~np.isclose(right, left, rtol=example.rtol, atol=example.atol, equal_nan=True)
+        return f"has shape {list(actual.shape)}, published was {list(expected.shape)}", 0.0
+    if not _is_approximate(expected.dtype):
+        return _exact_difference(expected, actual)
+    left, right = _numbers(expected), _numbers(actual)
+    finite = np.isfinite(left) & np.isfinite(right)
+    off = np.zeros(left.shape)
+    np.subtract(right, left, out=off, where=finite)
+    np.abs(off, out=off)
+    # Apart from the tolerances, which are finite and yet may be so large that they would take in anything.
+    odd = ~finite & ~((left == right) | (np.isnan(left) & np.isnan(right)))
+    with np.errstate(over="ignore"):
+        bad = (finite & (off > example.atol + example.rtol * np.abs(np.where(finite, left, 0.0)))) | odd
+    largest = float(off.max(initial=0.0))
     if not bad.any():
-        return ""
-    off = np.abs(right - left)[bad]
-    worst = "NaN or infinity" if not np.isfinite(off).all() else f"by up to {off.max():.3g}"
-    return (
-        f"differs from what was published in {int(bad.sum())} of {bad.size} values, {worst} "
+        return "", largest
+    worst = "NaN or infinity" if odd.any() else f"by up to {off[bad].max():.3g}"
+    values = int(np.count_nonzero(bad.reshape(expected.size, -1).any(axis=1)))
+    text = (
+        f"differs from what was published in {values} of {expected.size} values, {worst} "
         f"(tolerance {example.rtol:g} relative, {example.atol:g} absolute)"
     )
+    return text, largest
 
 
-def warm_up(
-    engine: Engine,
-    signatures: Sequence[SignatureSpec],
-    golden: Sequence[Golden],
-    batched: Sequence[str],
-    largest: int,
-) -> None:
-    """Runs every signature at every power of two of rows, so that no caller pays for a first time.
-
-    Inputs are the golden ones where there are some, else zeros. A model that does not take zeros is
-    not at fault: what fails here is passed over.
-    """
-    examples = {example.signature: example.inputs for example in golden}
-    deadline = time.monotonic() + _WARM_UP_S
-    for spec in signatures:
-        inputs = examples.get(spec.name) or _zeros(spec)
-        if inputs is None:
-            continue
-        for size in _sizes(largest) if spec.name in batched else (0,):
-            if time.monotonic() > deadline:
-                return
-            try:
-                engine.run(spec.name, _resized(inputs, size))
-            except EngineError:
-                break
+def _exact_difference(expected: Array, actual: Array) -> tuple[str, float]:
+    different = expected != actual
+    wrong = int(np.count_nonzero(different))
+    if not wrong:
+        return "", 0.0
+    numeric = expected.dtype.kind in "iu" and actual.dtype.kind in "iu"
+    # As float64 each, because the difference of two integers need not fit into their type.
+    largest = float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max()) if numeric else 0.0
+    return f"differs from what was published in {wrong} of {expected.size} values", largest
 
 
-def _sizes(largest: int) -> list[int]:
-    return [1 << power for power in range(largest.bit_length()) if 1 << power < largest] + [largest]
+def _is_approximate(dtype: np.dtype[Any]) -> bool:
+    """Returns whether values of a type are compared with a tolerance: bfloat16 and its like say they are void."""
+    return dtype.kind in "fcV" or dtype.name == "bfloat16"
 
 
-def _resized(inputs: Mapping[str, Array], rows: int) -> Mapping[str, Array]:
-    if not rows:
-        return inputs
-    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}
-
-
-def _zeros(spec: SignatureSpec) -> dict[str, Array] | None:
-    arrays: dict[str, Array] = {}
-    for tensor in spec.inputs:
-        if tensor.shape is None:
-            return None
-        shape = [1 if size is None else size for size in tensor.shape]
-        dtype = numpy_dtype(tensor.dtype)
-        if dtype is None:
-            return None
-        arrays[tensor.name] = np.full(shape, b"", object) if dtype.hasobject else np.zeros(shape, dtype)
-    return arrays
-
-
-def numpy_dtype(name: str) -> np.dtype[Any] | None:
-    """Returns numpy's type for one of ``modelport.tensors.DTYPES``; None if it has none."""
-    if name == "string":
-        return np.dtype(object)
-    if name == "bfloat16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    try:
-        return np.dtype(name)
-    except TypeError:
-        return None
+def _numbers(array: Array) -> Array:
+    """Returns values as float64, the real and the imaginary parts of complex ones apart."""
+    if array.dtype.kind == "c":
+        return np.stack([array.real, array.imag], axis=-1).astype(np.float64)
+    return array.astype(np.float64)
 
 
 def _rows(inputs: Mapping[str, Array]) -> int:

@@ -1,44 +1,48 @@
-"""An engine process: verifies, loads and warms one version, then runs batches until the front goes.
+"""An engine process: puts one version through its gates, then runs batches until the front goes.
 
-Started by ``modelport_server.engines.process``. The command line gives the file descriptors of the
-socket pair and of each slot's two regions, inputs and outputs.
+Started by ``modelport_server.engines.spawner``, in one of two ways: forked from the zygote, or with a
+command line that gives the front's pid and the file descriptors of the socket pair and of each slot's two
+regions, inputs and outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib
 import os
-import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Never
 
 from modelport.exceptions import ModelportError
 from modelport.tensors import array_bytes, array_from_bytes, dtype_of
-from modelport_registry import IntegrityError, InvalidModelError, Manifest, Registry
+from modelport_registry import JSON, Golden, IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
+from modelport_server.engines._system import Priority, close_network, live_under
+from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.protocol import Array, Engine, EngineError
-from modelport_server.engines.verification import GoldenMismatchError, Verified, check_golden, warm_up
+from modelport_server.engines.verification import GoldenMismatchError, Verified, check_golden
+from modelport_server.engines.warming import Request, TimedEngine, WarmUp, WarmUpError
+from modelport_server.gates import result as gates
+from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.signatures import is_batchable
 from modelport_server.tensors import RawTensor
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_LOADING_NICE = 19
-_OOM_SCORE = 500
+_MIB = 1 << 20
 
-Result = TypeVar("Result")
+Figures = dict[str, JSON]
 
 
 class _RejectedError(Exception):
-    def __init__(self, gate: str, reason: str) -> None:
-        super().__init__(reason)
-        self.gate = gate
+    """The version fails the gate that it is at."""
+
+
+class _SkippedError(Exception):
+    """There is nothing for the gate to check."""
 
 
 class _UnreadableError(Exception):
@@ -60,48 +64,25 @@ class Worker:
 
     def serve(self) -> None:
         """Loads the version that the first message names, then answers until the front is gone."""
-        order = messages.receive(self._channel)
-        if order is None:
+        message = messages.receive(self._channel)
+        if message is None:
             return
+        if why := close_network():
+            self._send({"op": "warning", "text": f"engine processes can't be kept from the network: {why}"})
+        document = messages.read_document(self._slots[0][0], message["size"])
+        loading = _Loading(self._send, document)
         try:
-            self._load(order)
-        except _RejectedError as error:
-            self._send({"op": "rejected", "gate": error.gate, "reason": str(error)})
-            return
+            self._engine = loading.run()
+        except _RejectedError:
+            return  # the gate has said so
         except _UnreadableError as error:
             self._send({"op": "unreadable", "reason": str(error)})
             return
-        except Exception as error:  # whatever a model makes us do, the front must hear of it
-            self._send(
-                {"op": "rejected", "gate": "load", "reason": f"it makes the engine fail: {type(error).__name__}"}
-            )
-            raise
         while (message := messages.receive(self._channel)) is not None:
             self._run(message)
 
     def _send(self, message: messages.Message) -> None:
         self._channel.send(messages.pack(message))
-
-    def _load(self, order: messages.Message) -> None:
-        registry, model, version = Registry(Path(order["root"])), str(order["model"]), int(order["version"])
-        self._send({"op": "state", "state": "verifying"})
-        manifest = _niced(lambda: _verify(registry, model, version))
-        self._send({"op": "state", "state": "loading"})
-        _niced(_import_engine)
-        # On this thread, because the engine's thread pools take on the priority of the one that makes them.
-        self._engine = engine = _new_engine(int(order["threads"]))
-        path = registry.path(model, version)
-        _niced(lambda: _load_model(engine, path, manifest))
-        self._send({"op": "state", "state": "warming"})
-        verified = _niced(lambda: _check(engine, registry, manifest, int(order["largest"])))
-        self._send(
-            {
-                "op": "ready",
-                "engine": engine.name,
-                "golden": verified.examples,
-                "dependent": list(verified.dependent),
-            }
-        )
 
     def _run(self, message: messages.Message) -> None:
         inputs_region, outputs_region = self._slots[int(message["slot"])]
@@ -110,11 +91,12 @@ class Worker:
         try:
             raw = messages.read(inputs_region, message["inputs"], message["size"])
             inputs = {tensor.name: array_from_bytes(tensor.dtype, tensor.shape, tensor.data) for tensor in raw}
-            started = time.monotonic()
+            started, started_cpu = time.monotonic(), time.process_time()
             outputs = self._engine.run(message["signature"], inputs)
             spent_us = int((time.monotonic() - started) * 1e6)
+            cpu_us = int((time.process_time() - started_cpu) * 1e6)
             entries, size = _write_outputs(outputs_region, outputs)
-            self._send(reply | {"op": "done", "outputs": entries, "size": size, "us": spent_us})
+            self._send(reply | {"op": "done", "outputs": entries, "size": size, "us": spent_us, "cpu_us": cpu_us})
         except EngineError as error:
             self._send(reply | {"op": "failed", "caller_fault": error.caller_fault, "message": str(error)})
         except OSError:
@@ -122,6 +104,173 @@ class Worker:
         except Exception as error:  # whatever a model makes us do, the front must hear of it
             text = f"the engine failed: {type(error).__name__}"
             self._send(reply | {"op": "failed", "caller_fault": False, "message": text})
+
+
+class _Loading:
+    """A version on its way through the gates.
+
+    Args:
+        send: sends a message to the front.
+        document: what the front ordered.
+    """
+
+    def __init__(self, send: Callable[[messages.Message], None], document: messages.Message) -> None:
+        self._send = send
+        self._order = order = LoadOrder.from_json(document)
+        self._threads = int(document["threads"])
+        self._warm_up_s = float(document["warm_up_s"])
+        self._registry = Registry(order.root)
+        self._path = self._registry.path(order.model, order.version)
+        self._priority = Priority()
+
+    def run(self) -> Engine:
+        """Returns the engine once the version has passed all gates and is warm.
+
+        Raises:
+            _RejectedError: if it failed one, of which the front has been told.
+            _UnreadableError: if the version can't be read now.
+        """
+        self._priority.lower()
+        with self._gate(gates.INTEGRITY) as figures:
+            manifest = self._priority.run(self._verify)
+            figures |= {"files": len(manifest.files), "bytes": manifest.size_bytes}
+        with self._gate(gates.SAFETY) as figures:
+            figures |= self._priority.run(self._check_safety)
+        with self._gate(gates.SIGNATURE) as figures:
+            figures |= self._check_signatures(manifest)
+        with self._gate(gates.LOAD) as figures:
+            engine = TimedEngine(self._load(manifest))
+            figures |= {"resident_mib": _resident_bytes() // _MIB}
+        batched = [name for name, spec in manifest.signatures.items() if is_batchable(spec)]
+        verified = Verified()
+        with self._gate(gates.GOLDEN) as figures:
+            golden = self._priority.run(lambda: self._check_golden(engine, batched, verified, figures))
+        independent = [name for name in batched if name not in verified.dependent]
+        with self._gate(gates.WARM_UP) as figures:
+            self._priority.run(lambda: self._warm_up(engine, manifest, golden, independent, figures))
+        self._priority.restore()
+        self._send(
+            {
+                "op": "ready",
+                "engine": engine.name,
+                "golden": verified.examples,
+                "dependent": verified.dependent,
+            }
+        )
+        return engine.engine
+
+    @contextlib.contextmanager
+    def _gate(self, gate: str) -> Generator[Figures]:
+        """Tells the front how a gate begins and ends; what is put into the figures is part of that."""
+        self._send({"op": "begin", "gate": gate})
+        started = time.monotonic()
+        figures: Figures = {}
+
+        def end(outcome: Outcome, reason: str = "") -> None:
+            result = GateResult(gate, outcome, time.monotonic() - started, figures, reason)
+            self._send({"op": "end"} | result.to_json())
+
+        try:
+            yield figures
+        except _SkippedError as skipped:
+            end(Outcome.SKIPPED, str(skipped))
+        except _UnreadableError:
+            raise
+        except _RejectedError as error:
+            end(Outcome.FAILED, str(error))
+            raise
+        except Exception as error:  # whatever a model makes us do, the front must hear of it
+            end(Outcome.FAILED, f"it makes the engine fail: {type(error).__name__}")
+            raise
+        else:
+            end(Outcome.PASSED)
+
+    def _verify(self) -> Manifest:
+        try:
+            return self._registry.verify(self._order.model, self._order.version)
+        except (IntegrityError, InvalidModelError) as error:
+            raise _RejectedError(str(error)) from error
+        except (ModelportError, OSError) as error:
+            raise _UnreadableError(str(error)) from error
+
+    def _check_safety(self) -> Figures:
+        from modelport_server.gates.safety import UnsafeModelError, check_safety
+
+        try:
+            return dict(check_safety((self._path / "saved_model.pb").read_bytes(), self._order.allow_ops))
+        except (UnsafeModelError, IntegrityError, InvalidModelError) as error:
+            raise _RejectedError(str(error)) from error
+        except OSError as error:
+            raise _UnreadableError(str(error)) from error
+
+    def _check_signatures(self, manifest: Manifest) -> Figures:
+        from modelport_server.gates.signature import SignatureChangedError, check_signatures
+
+        order = self._order
+        if order.baseline is None:
+            raise _SkippedError("there is no version in charge to compare with")
+        try:
+            return dict(check_signatures(order.baseline, manifest.signatures, order.allow_signature_changes))
+        except SignatureChangedError as error:
+            raise _RejectedError(str(error)) from error
+
+    def _load(self, manifest: Manifest) -> Engine:
+        self._priority.run(_import_engine)
+        # On this thread, because the engine's thread pools take on the priority of the one that makes them.
+        engine = _new_engine(self._threads)
+        try:
+            self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
+        except EngineError as error:
+            raise _RejectedError(str(error)) from error
+        return engine
+
+    def _check_golden(
+        self, engine: Engine, batched: Sequence[str], verified: Verified, figures: Figures
+    ) -> Sequence[Golden]:
+        try:
+            golden = self._registry.golden(self._order.model, self._order.version)
+            check_golden(engine, golden, batched, self._order.largest, verified)
+        except GoldenMismatchError as error:
+            raise _RejectedError(str(error)) from error
+        except EngineError as error:
+            raise _RejectedError(f"the model fails on its golden examples: {error}") from error
+        except (IntegrityError, InvalidModelError) as error:
+            raise _RejectedError(str(error)) from error
+        except (ModelportError, OSError) as error:
+            raise _UnreadableError(str(error)) from error
+        finally:
+            figures |= verified.figures()
+        return golden
+
+    def _warm_up(
+        self,
+        engine: TimedEngine,
+        manifest: Manifest,
+        golden: Sequence[Golden],
+        batched: Sequence[str],
+        figures: Figures,
+    ) -> None:
+        warm_up = WarmUp(
+            engine=engine,
+            signatures=manifest.signatures,
+            batched=batched,
+            largest=self._order.largest,
+            limit_s=self._warm_up_s,
+        )
+        try:
+            warm_up.run(golden, self._requests())
+        except WarmUpError as error:
+            raise _RejectedError(str(error)) from error
+        finally:
+            figures |= warm_up.done.figures() | engine.figures()
+
+    def _requests(self) -> Sequence[Request]:
+        from modelport_server.gates.warmup_requests import WARMUP_REQUESTS, WarmUpRequestsError, read_warmup_requests
+
+        try:
+            return read_warmup_requests(self._path / WARMUP_REQUESTS)
+        except WarmUpRequestsError as error:
+            raise _RejectedError(str(error)) from error
 
 
 def _write_outputs(region: Region, outputs: Mapping[str, Array]) -> tuple[list[list[object]], int]:
@@ -135,27 +284,11 @@ def _write_outputs(region: Region, outputs: Mapping[str, Array]) -> tuple[list[l
     return entries, size
 
 
-def _niced(work: Callable[[], Result]) -> Result:
-    """Runs ``work`` on a thread of the lowest priority, so that it takes no time from those who serve.
-
-    A thread, because an unprivileged process that has been niced can't go back.
-    """
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICE)
-            results.append(work())
-        except BaseException as error:  # it is raised again on the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="load", daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+def preload() -> None:
+    """Imports everything that loading a version needs: a process that is forked after that need not."""
+    _import_engine()
+    for module in ("safety", "signature", "warmup_requests"):
+        importlib.import_module(f"modelport_server.gates.{module}")
 
 
 def _import_engine() -> None:
@@ -170,61 +303,30 @@ def _new_engine(threads: int) -> Engine:
     return TensorFlowEngine(threads=threads)
 
 
-def _verify(registry: Registry, model: str, version: int) -> Manifest:
-    try:
-        return registry.verify(model, version)
-    except (IntegrityError, InvalidModelError) as error:
-        raise _RejectedError("integrity", str(error)) from error
-    except (ModelportError, OSError) as error:
-        raise _UnreadableError(str(error)) from error
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _load_model(engine: Engine, path: Path, manifest: Manifest) -> None:
-    try:
-        engine.load(path, list(manifest.signatures))
-    except EngineError as error:
-        raise _RejectedError("load", str(error)) from error
+def run_engine(front: int, fds: Sequence[int]) -> Never:
+    """Is an engine process from here to its end.
 
-
-def _check(engine: Engine, registry: Registry, manifest: Manifest, largest: int) -> Verified:
-    batched = [name for name, spec in manifest.signatures.items() if is_batchable(spec)]
-    try:
-        golden = registry.golden(manifest.model, manifest.version)
-        verified = check_golden(engine, golden, batched, largest)
-    except GoldenMismatchError as error:
-        raise _RejectedError("golden", str(error)) from error
-    except EngineError as error:
-        raise _RejectedError("golden", f"the model fails on its golden examples: {error}") from error
-    except (IntegrityError, InvalidModelError) as error:
-        raise _RejectedError("golden", str(error)) from error
-    except (ModelportError, OSError) as error:
-        raise _UnreadableError(str(error)) from error
-    independent = [name for name in batched if name not in verified.dependent]
-    warm_up(engine, list(manifest.signatures.values()), golden, independent, largest)
-    return verified
-
-
-def _settle(front: int) -> None:
-    """Ties this process to the front, given by its pid: it ends when the front does, and only then."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != front:  # it ended before the kernel was told
-        sys.exit(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    Args:
+        front: the front's pid; it must be the parent.
+        fds: the file descriptors of the socket pair's end and of each slot's two regions.
+    """
+    if live_under(front):
+        channel = socket.socket(fileno=fds[0])
+        pairs = [(Region(fds[i]), Region(fds[i + 1])) for i in range(1, len(fds), 2)]
+        with contextlib.suppress(ConnectionError):
+            Worker(channel, pairs).serve()
+        sys.stdout.flush()
+    os._exit(0)  # TensorFlow's own way out takes its time, and has nothing left to save
 
 
 def main() -> None:
     """Runs an engine process; the arguments are the front's pid and file descriptors."""
-    front, *numbers = [int(argument) for argument in sys.argv[1:]]
-    _settle(front)
-    channel = socket.socket(fileno=numbers[0])
-    pairs = [(Region(numbers[i]), Region(numbers[i + 1])) for i in range(1, len(numbers), 2)]
-    with contextlib.suppress(ConnectionError, BrokenPipeError):
-        Worker(channel, pairs).serve()
-    sys.stdout.flush()
-    os._exit(0)  # TensorFlow's own way out takes its time, and has nothing left to save
+    front, *fds = (int(argument) for argument in sys.argv[1:])
+    run_engine(front, fds)
 
 
 if __name__ == "__main__":

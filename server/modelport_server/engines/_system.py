@@ -1,0 +1,198 @@
+"""What an engine process asks of the kernel: an end with its parent, a low priority, and no network."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>, as the next two
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_OOM_SCORE = 500
+_LOWEST = 19
+
+
+def live_under(parent: int) -> bool:
+    """Ties this process to its parent, given by its pid; returns whether the parent is still there.
+
+    From then on it ends with the parent, ignores what a terminal or a service manager sends to the whole
+    group, and is preferred to the parent when memory runs out.
+    """
+    _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    return os.getppid() == parent  # if not, it ended before the kernel was told
+
+
+def adopt_descendants() -> bool:
+    """Makes this process the parent of those whose own parent has ended; returns whether the kernel does that."""
+    return bool(_libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+class Priority:
+    """Lowers this process's priority and raises it again.
+
+    Where the process may not raise it, only the work that it is given runs at the lowest priority, on
+    threads that end with it; threads that the work makes keep the ordinary one.
+    """
+
+    def __init__(self) -> None:
+        self._ordinary = os.getpriority(os.PRIO_PROCESS, 0)
+        self._can_return = self._try_on_a_thread()
+
+    @property
+    def can_return(self) -> bool:
+        """Whether the whole process is lowered."""
+        return self._can_return
+
+    def _try_on_a_thread(self) -> bool:
+        allowed: list[bool] = []
+
+        def attempt() -> None:
+            try:
+                _set_priority(threading.get_native_id(), _LOWEST)
+                _set_priority(threading.get_native_id(), self._ordinary)
+                allowed.append(True)
+            except OSError:
+                return
+
+        _join(threading.Thread(target=attempt, name="priority"))
+        return bool(allowed)
+
+    def lower(self) -> None:
+        """Gives every thread the lowest priority; those that are made later inherit it."""
+        if self._can_return:
+            _set_all(_LOWEST)
+
+    def restore(self) -> None:
+        """Gives every thread the priority that the process began with."""
+        if self._can_return:
+            _set_all(self._ordinary)
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Returns what ``work`` returns, which is done at the lowest priority."""
+        return work() if self._can_return else at_lowest_priority(work)
+
+
+def at_lowest_priority(work: Callable[[], Result]) -> Result:
+    """Returns what ``work`` returns, which is done on a thread of the lowest priority.
+
+    A thread, because an unprivileged process that has lowered its priority can't raise it again.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _set_priority(threading.get_native_id(), _LOWEST)
+            results.append(work())
+        except BaseException as error:  # it is raised again on the caller's thread
+            errors.append(error)
+
+    _join(threading.Thread(target=run, name="load", daemon=True))
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _join(thread: threading.Thread) -> None:
+    thread.start()
+    thread.join()
+
+
+def _set_priority(thread: int, nice: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
+def threads() -> list[int]:
+    """Returns the ids of this process's threads."""
+    return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+
+
+def _set_all(nice: int) -> None:
+    for _ in range(2):  # one that was made meanwhile has its maker's priority, which may be the old one
+        for thread in threads():
+            with suppress(ProcessLookupError):
+                _set_priority(thread, nice)
+
+
+# seccomp: <linux/filter.h>, <linux/seccomp.h>, <linux/audit.h>
+_LOAD_WORD = 0x20
+_JUMP_IF_EQUAL = 0x15
+_JUMP_IF_AT_LEAST = 0x35
+_RETURN = 0x06
+_ALLOW = 0x7FFF0000
+_REFUSE = 0x00050000
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+_X32_BIT = 0x40000000
+_IO_URING_SETUP = 425  # the same everywhere
+_SET_MODE_FILTER = 1
+_ALL_THREADS = 1
+
+_Architecture = tuple[int, int, int]
+_ARCHITECTURES: dict[str, _Architecture] = {"x86_64": (0xC000003E, 41, 317), "aarch64": (0xC00000B7, 198, 277)}
+"""The audit number, and the numbers of the system calls ``socket`` and ``seccomp``."""
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def close_network() -> str:
+    """Keeps this process, and all that it starts, from making sockets other than local ones.
+
+    ``socket`` fails with EACCES for every family but AF_UNIX, and io_uring, which could make sockets
+    too, is not there. Nothing is killed for trying.
+
+    Returns:
+        Why it could not be done; empty if it was.
+    """
+    architecture = _ARCHITECTURES.get(platform.machine())
+    if architecture is None:
+        return f"not on {platform.machine()}"
+    code = _instructions(architecture)
+    program = _Program(len(code) // 8, code)
+    libc = _libc()
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        return os.strerror(ctypes.get_errno())
+    if libc.syscall(architecture[2], _SET_MODE_FILTER, _ALL_THREADS, ctypes.byref(program)) != 0:
+        return os.strerror(ctypes.get_errno())
+    return ""
+
+
+def _instructions(architecture: _Architecture) -> bytes:
+    """Returns the filter: each line is (code, lines to skip if true, if false, operand)."""
+    audit, socket_call, _ = architecture
+    refuse = _REFUSE | errno.ENOSYS
+    lines = [
+        (_LOAD_WORD, 0, 0, _ARCHITECTURE_AT),
+        (_JUMP_IF_EQUAL, 0, 7, audit),  # else the numbers mean other calls
+        (_LOAD_WORD, 0, 0, _NUMBER_AT),
+        (_JUMP_IF_AT_LEAST, 5, 0, _X32_BIT),
+        (_JUMP_IF_EQUAL, 4, 0, _IO_URING_SETUP),
+        (_JUMP_IF_EQUAL, 0, 2, socket_call),
+        (_LOAD_WORD, 0, 0, _FIRST_ARGUMENT_AT),
+        (_JUMP_IF_EQUAL, 0, 2, socket.AF_UNIX),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, refuse),
+        (_RETURN, 0, 0, _REFUSE | errno.EACCES),
+    ]
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)

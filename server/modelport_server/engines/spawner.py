@@ -1,0 +1,314 @@
+"""How engine processes are started: forked from the zygote where there is one, else one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from modelport_server.engines import _messages as messages
+from modelport_server.engines._system import adopt_descendants
+
+_log = logging.getLogger(__name__)
+
+_IMPORT_S = 60.0
+_FORK_S = 30.0
+_SHORT_LIFE_S = 60.0
+_LONGEST_PAUSE_S = 60.0
+_LONGEST_POLL_S = 0.05
+
+
+class Child(Protocol):
+    """A process that this one started; ``subprocess.Popen`` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        ...
+
+    def poll(self) -> int | None:
+        """Returns its exit status, as ``subprocess`` gives it; None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it at once; nothing happens if it has ended."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Returns its exit status once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: if it has not after ``timeout`` seconds.
+        """
+        ...
+
+
+class ForkedChild:
+    """A child that was forked, by this process or by one whose children this process has adopted."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._status: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._pid
+
+    def poll(self) -> int | None:
+        """Returns its exit status; None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Returns its exit status once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: if it has not after ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        pause_s = 0.0005
+        while (status := self.poll()) is None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise subprocess.TimeoutExpired("engine", timeout or 0.0)
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S, left_s)
+            time.sleep(pause_s)
+        return status
+
+
+def execute(fds: Sequence[int]) -> Child:
+    """Starts an engine process of its own, which takes seconds to import TensorFlow.
+
+    Raises:
+        OSError: if it can't be started.
+    """
+    return _run_module("worker", [os.getpid(), *fds], fds, {})
+
+
+def _run_module(
+    module: str, arguments: Sequence[int], fds: Sequence[int], environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    # -P: what lies in the folder that the server was started in must not be imported.
+    command = [sys.executable, "-P", "-m", f"modelport_server.engines.{module}", *map(str, arguments)]
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment}
+    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+
+
+class _Zygote:
+    """The front's end of one zygote, from its start to its end."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        self._forks: dict[int, asyncio.Future[int | None]] = {}
+        self._next = 0
+        self.ready: asyncio.Future[bool] = loop.create_future()
+        """Whether it forks; False once it has ended."""
+        self.ended = asyncio.Event()
+        self.unusable = ""
+        """Why forking is of no use here, if the zygote has found that."""
+        try:
+            with theirs:
+                # One thread, because what forks must have no other.
+                self._process = _run_module(
+                    "zygote", [os.getpid(), theirs.fileno()], [theirs.fileno()], {"OPENBLAS_NUM_THREADS": "1"}
+                )
+        except OSError:
+            self._control.close()
+            raise
+        loop.add_reader(self._control.fileno(), self._on_readable)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def fork(self, fds: Sequence[int]) -> int | None:
+        """Returns the pid of a new engine process; None if it can't be forked."""
+        self._next += 1
+        number = self._next
+        reply = self._forks[number] = asyncio.get_running_loop().create_future()
+        try:
+            packet = messages.pack({"op": "fork", "id": number})
+            socket.send_fds(self._control, [packet], list(fds))
+        except OSError:
+            self.kill()
+            return None
+        try:
+            async with asyncio.timeout(_FORK_S):
+                return await asyncio.shield(reply)
+        except TimeoutError:
+            self.kill()
+            return None
+        except asyncio.CancelledError:
+            reply.add_done_callback(_discard)
+            raise
+
+    def _on_readable(self) -> None:
+        try:
+            message = messages.receive(self._control)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = None
+        if message is None:
+            self._end()
+        else:
+            self._on_message(message)
+
+    def _on_message(self, message: messages.Message) -> None:
+        op = message["op"]
+        if op == "ready":
+            _log.debug("engine processes are forked from now on: TensorFlow took %.1f s", message["seconds"])
+            self._settle(True)
+        elif op == "unusable":
+            self.unusable = message["reason"]
+        elif op == "forked":
+            self._reply(message["id"], message["pid"])
+        elif op == "failed":
+            _log.warning("an engine process could not be forked: %s", message["reason"])
+            self._reply(message["id"], None)
+
+    def _reply(self, number: int, pid: int | None) -> None:
+        reply = self._forks.pop(number, None)
+        if reply is not None and not reply.done():
+            reply.set_result(pid)
+
+    def _settle(self, usable: bool) -> None:
+        if not self.ready.done():
+            self.ready.set_result(usable)
+
+    def _end(self) -> None:
+        if self.ended.is_set():
+            return
+        asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self._control.close()
+        self._settle(False)
+        for number in list(self._forks):
+            self._reply(number, None)
+        self.ended.set()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._process.kill()
+        self._end()
+
+    async def reap(self) -> int:
+        """Returns its exit status after it has ended."""
+        return await asyncio.to_thread(self._process.wait)
+
+
+def _discard(reply: asyncio.Future[int | None]) -> None:
+    """Ends an engine process that nobody waits for any more."""
+    if not reply.cancelled() and (pid := reply.result()) is not None:
+        child = ForkedChild(pid)
+        child.kill()
+        child.wait()  # it has been killed: it takes no time
+
+
+class Spawner:
+    """Starts engine processes, and keeps a zygote ready for that.
+
+    Before ``start``, after ``stop``, and while no zygote can be had, ``fork`` returns None.
+    """
+
+    def __init__(self) -> None:
+        self._zygote: _Zygote | None = None
+        self._failures = 0
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The zygote's process id; 0 while there is none."""
+        return self._zygote.pid if self._zygote is not None else 0
+
+    def start(self) -> None:
+        """Starts a zygote in the background, and another one whenever it dies."""
+        if not adopt_descendants():
+            _log.warning("engine processes can't be forked here: each imports TensorFlow by itself")
+            return
+        self._next()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    def _next(self) -> None:
+        try:
+            self._zygote = _Zygote()
+        except OSError as error:
+            _log.warning("the process that engines are forked from can't be started: %s", error)
+
+    async def stop(self) -> None:
+        """Ends the zygote; the engine processes that came from it live on."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+            self._keeper = None
+
+    async def fork(self, fds: Sequence[int]) -> Child | None:
+        """Starts an engine process that has imported TensorFlow already.
+
+        Waits for the zygote where that is the sooner way: while the first one is coming up.
+
+        Args:
+            fds: what the engine process gets: see ``run_engine``.
+
+        Returns:
+            None if it can't be done now. The file descriptors may have been used all the same, so that
+            another way needs others.
+        """
+        zygote = self._zygote
+        if zygote is None or (self._failures and not zygote.ready.done()):
+            return None
+        if not await asyncio.shield(zygote.ready):
+            return None
+        pid = await zygote.fork(fds)
+        return ForkedChild(pid) if pid is not None else None
+
+    async def _keep(self) -> None:
+        while True:
+            started = time.monotonic()
+            zygote = self._zygote
+            if zygote is not None and not await self._outlive(zygote):
+                return
+            self._failures = self._failures + 1 if time.monotonic() - started < _SHORT_LIFE_S else 0
+            await asyncio.sleep(min(2.0 ** (self._failures - 1), _LONGEST_PAUSE_S) if self._failures else 0.0)
+            self._next()
+
+    async def _outlive(self, zygote: _Zygote) -> bool:
+        """Returns once a zygote has ended; says whether there should be another one."""
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(zygote.ready), _IMPORT_S)
+            if zygote.ready.done():
+                await zygote.ended.wait()
+        finally:
+            self._zygote = None
+            zygote.kill()
+            status = await asyncio.shield(zygote.reap())
+        if zygote.unusable:
+            _log.warning("engine processes can't be forked here, each imports TensorFlow: %s", zygote.unusable)
+        else:
+            _log.warning("the process that engines are forked from ended (%s), it is started again", exit_text(status))
+        return not zygote.unusable
+
+
+def exit_text(status: int) -> str:
+    """Returns how a process ended, for people."""
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"

@@ -1,0 +1,205 @@
+"""Running a version before callers do, so that none of them pays for a first time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelport_registry import JSON, Golden, SignatureSpec
+from modelport_server.engines.protocol import Array, Engine, EngineError
+
+_FEWEST_RUNS = 2
+_MOST_RUNS = 8
+_STABLE_GAIN = 0.1
+"""A size is warm when a run is not shorter than the shortest before it by more than this share."""
+_REPEATS_SHARE = 0.5
+"""The share of the time that runs may be repeated in: the rest is for sizes that have not run at all."""
+
+Inputs = Mapping[str, Array]
+Request = tuple[str, Inputs]
+"""A signature and what it is called with."""
+
+
+class WarmUpError(Exception):
+    """The model fails on a request that it was published with."""
+
+
+class TimedEngine:
+    """An engine that notes how long single rows take.
+
+    Args:
+        engine: what runs the model.
+        clock: returns seconds.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine = engine
+        self._clock = clock
+        self.single_row_s: dict[str, tuple[float, float]] = {}
+        """How long the first and the last single row of each signature took."""
+
+    @property
+    def name(self) -> str:
+        """The engine and its version."""
+        return self.engine.name
+
+    def load(self, path: Path, signatures: Sequence[str]) -> None:
+        """Loads a SavedModel."""
+        self.engine.load(path, signatures)
+
+    def run(self, signature: str, inputs: Inputs) -> Mapping[str, Array]:
+        """Runs one batch."""
+        started = self._clock()
+        outputs = self.engine.run(signature, inputs)
+        if all(array.ndim == 0 or len(array) == 1 for array in inputs.values()):
+            spent_s = self._clock() - started
+            self.single_row_s[signature] = (self.single_row_s.get(signature, (spent_s, 0.0))[0], spent_s)
+        return outputs
+
+    def figures(self) -> dict[str, JSON]:
+        """Returns how long the first and the last single row took, of the signature that took longest."""
+        if not self.single_row_s:
+            return {}
+        first_s, last_s = max(self.single_row_s.values())
+        return {"first_row_ms": round(first_s * 1e3, 3), "last_row_ms": round(last_s * 1e3, 3)}
+
+
+@dataclass(slots=True)
+class WarmedUp:
+    """What warming up has done so far."""
+
+    runs: int = 0
+    requests: int = 0
+    """How many of the version's own warm-up requests were run."""
+    batch_sizes: set[int] = field(default_factory=set[int])
+    """The sizes of batches, in rows, that were run."""
+
+    def figures(self) -> dict[str, JSON]:
+        """Returns it for people."""
+        return {"batch_sizes": sorted(self.batch_sizes), "runs": self.runs, "requests": self.requests}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """Runs each signature at every power of two of rows up to the largest batch, until runs take no less time.
+
+    Inputs are the golden ones and the version's own requests; a signature that has neither is given zeros,
+    and is not at fault if it does not take them.
+    """
+
+    engine: Engine
+    signatures: Mapping[str, SignatureSpec]
+    batched: Sequence[str]
+    """The signatures whose rows run together."""
+    largest: int
+    """The largest batch, in rows."""
+    limit_s: float
+    """How long it may take, in seconds."""
+    clock: Callable[[], float] = time.monotonic
+    done: WarmedUp = field(default_factory=WarmedUp)
+
+    def run(self, golden: Sequence[Golden], requests: Sequence[Request]) -> WarmedUp:
+        """Warms the engine up.
+
+        Raises:
+            WarmUpError: if the model fails on one of ``requests`` as it was published.
+        """
+        repeat_until = self.clock() + self.limit_s * _REPEATS_SHARE
+        for number, (signature, inputs) in enumerate(requests, 1):
+            self._request(number, signature, inputs)
+        for spec in self.signatures.values():
+            given = [example.inputs for example in golden if example.signature == spec.name]
+            given += [inputs for signature, inputs in requests if signature == spec.name]
+            for inputs in _kinds(given) or _zeros(spec):
+                self._every_size(spec.name, inputs, repeat_until)
+        return self.done
+
+    def _request(self, number: int, signature: str, inputs: Inputs) -> None:
+        spec = self.signatures.get(signature)
+        if spec is None:
+            raise WarmUpError(f"warm-up request {number} is for the signature {signature!r}, which the model has not")
+        wanted = {tensor.name for tensor in spec.inputs}
+        if wanted != set(inputs):
+            raise WarmUpError(f"warm-up request {number} has the inputs {sorted(inputs)}, not {sorted(wanted)}")
+        try:
+            self._run(signature, inputs)
+        except EngineError as error:
+            raise WarmUpError(f"the model fails on warm-up request {number}: {error}") from error
+        self.done.requests += 1
+
+    def _every_size(self, signature: str, inputs: Inputs, repeat_until: float) -> None:
+        batched = signature in self.batched and all(array.ndim and len(array) for array in inputs.values())
+        for size in sizes(self.largest) if batched else (0,):
+            try:
+                self._until_stable(signature, _resized(inputs, size), repeat_until)
+            except EngineError:  # it takes no zeros, or not this many rows: callers hear of that by themselves
+                return
+            if size:
+                self.done.batch_sizes.add(size)
+
+    def _until_stable(self, signature: str, inputs: Inputs, repeat_until: float) -> None:
+        best_s = self._run(signature, inputs)
+        for number in range(2, _MOST_RUNS + 1):
+            if self.clock() > repeat_until:
+                return
+            spent_s = self._run(signature, inputs)
+            if number >= _FEWEST_RUNS and spent_s > best_s * (1 - _STABLE_GAIN):
+                return
+            best_s = min(best_s, spent_s)
+
+    def _run(self, signature: str, inputs: Inputs) -> float:
+        started = self.clock()
+        self.engine.run(signature, inputs)
+        self.done.runs += 1
+        return self.clock() - started
+
+
+def sizes(largest: int) -> list[int]:
+    """Returns the batch sizes that are warmed up: the powers of two below ``largest``, and it."""
+    return [1 << power for power in range(largest.bit_length()) if 1 << power < largest] + [largest]
+
+
+def _kinds(given: Iterable[Inputs]) -> list[Inputs]:
+    """Returns one of each kind of inputs: those with rows of equal shapes and types make the same work."""
+    kinds: dict[object, Inputs] = {}
+    for inputs in given:
+        kind = tuple((name, array.dtype.str, array.ndim, array.shape[1:]) for name, array in sorted(inputs.items()))
+        kinds.setdefault(kind, inputs)
+    return list(kinds.values())
+
+
+def _resized(inputs: Inputs, rows: int) -> Inputs:
+    if not rows:
+        return inputs
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}
+
+
+def _zeros(spec: SignatureSpec) -> list[Inputs]:
+    arrays: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        dtype = numpy_dtype(tensor.dtype)
+        if tensor.shape is None or dtype is None:
+            return []
+        shape = [1 if size is None else size for size in tensor.shape]
+        arrays[tensor.name] = np.full(shape, b"", object) if dtype.hasobject else np.zeros(shape, dtype)
+    return [arrays]
+
+
+def numpy_dtype(name: str) -> np.dtype[Any] | None:
+    """Returns numpy's type for one of ``modelport.tensors.DTYPES``; None if it has none."""
+    if name == "string":
+        return np.dtype(object)
+    if name == "bfloat16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    try:
+        return np.dtype(name)
+    except TypeError:
+        return None

@@ -1,0 +1,160 @@
+"""The process that engine processes are forked from: it has imported TensorFlow and does nothing else.
+
+Started by ``modelport_server.engines.spawner``; the command line gives the front's pid and the
+socket pair's end. The front sends ``fork`` with the file descriptors of an engine process, and the
+zygote answers ``forked`` with its pid, or ``failed``.
+
+An engine process is forked twice over, and the process between the two ends at once, so that
+the front, which adopts its descendants, becomes the engine's parent. Then the front waits for it as for
+any child, and an engine lives on when the zygote dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Generator
+from pathlib import Path
+from typing import Never
+
+from modelport_server.engines import _messages as messages
+from modelport_server.engines._system import at_lowest_priority, live_under, threads
+from modelport_server.engines.worker import preload, run_engine
+
+MAX_FDS = 16
+_ADOPTION_POLL_S = 0.0002
+_ENDING_S = 1.0
+_ENDING_POLL_S = 0.001
+
+
+class Zygote:
+    """Forks engine processes as the front asks.
+
+    Args:
+        front: the front's pid.
+        control: the socket pair's end.
+    """
+
+    def __init__(self, front: int, control: socket.socket) -> None:
+        self._front = front
+        self._control = control
+
+    def serve(self) -> None:
+        """Imports what engines need, then forks until the front is gone."""
+        started = time.monotonic()
+        at_lowest_priority(preload)
+        if (count := _settled_threads()) > 1:  # a lock that one of them holds would stay locked in every engine
+            self._say({"op": "unusable", "reason": f"importing it leaves {count} threads"})
+            return
+        gc.collect()
+        gc.freeze()  # else the collector writes to every object, and shared pages become private ones
+        self._say({"op": "ready", "seconds": time.monotonic() - started})
+        while (request := self._receive()) is not None:
+            number, fds = request
+            try:
+                pid = self._fork(fds)
+                self._say({"op": "forked", "id": number, "pid": pid})
+            except OSError as error:
+                self._say({"op": "failed", "id": number, "reason": str(error)})
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _say(self, message: messages.Message) -> None:
+        self._control.send(messages.pack(message))
+
+    def _receive(self) -> tuple[int, list[int]] | None:
+        packet, fds, _, _ = socket.recv_fds(self._control, messages.MAX_MESSAGE_BYTES, MAX_FDS)
+        return (int(messages.unpack(packet)["id"]), fds) if packet else None
+
+    def _fork(self, fds: list[int]) -> int:
+        """Starts an engine process and returns its pid once it is the front's child."""
+        said, says = os.pipe()
+        middle = os.fork()
+        if middle == 0:
+            os.close(said)
+            self._fork_engine(fds, says)
+        os.close(says)
+        try:
+            text = os.read(said, 32)
+        finally:
+            os.close(said)
+            os.waitpid(middle, 0)
+        if not text:
+            raise OSError("the engine process can't be forked")
+        engine = int(text)
+        if _parent(engine) != self._front:
+            os.kill(engine, signal.SIGKILL)
+            raise OSError("the kernel did not make the engine process the server's child")
+        return engine
+
+    def _fork_engine(self, fds: list[int], says: int) -> Never:
+        """Goes on as the process between, which ends at once, and as the engine process."""
+        with _no_way_back():
+            middle = os.getpid()
+            engine = os.fork()
+            if engine:
+                os.write(says, str(engine).encode())
+                os._exit(0)
+            os.close(says)
+            self._control.close()
+            _rename()
+            while os.getppid() == middle:
+                time.sleep(_ADOPTION_POLL_S)
+            run_engine(self._front, fds)
+
+
+def _settled_threads() -> int:
+    """Returns how many threads there are, once those that are just ending are gone."""
+    deadline = time.monotonic() + _ENDING_S
+    while (count := len(threads())) > 1 and time.monotonic() < deadline:
+        time.sleep(_ENDING_POLL_S)
+    return count
+
+
+def _parent(pid: int) -> int:
+    """Returns the parent of a process, from the second field after its name in brackets."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@contextlib.contextmanager
+def _no_way_back() -> Generator[None]:
+    """Ends the process where its work ends: what called it is the zygote's."""
+    try:
+        yield
+    except BaseException:  # it has nowhere else to go
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _rename() -> None:
+    """Shows this process as an engine process to those who list processes."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, see proc(5)
+    old, new = b"engines.zygote", b"engines.worker"
+    at = ctypes.string_at(start, end - start).find(old) if start else -1
+    if at >= 0:
+        ctypes.memmove(start + at, new, len(new))
+
+
+def main() -> None:
+    """Runs a zygote; the arguments are the front's pid and a file descriptor."""
+    front, fd = (int(argument) for argument in sys.argv[1:])
+    if not live_under(front):
+        return
+    control = socket.socket(fileno=fd)
+    with contextlib.suppress(ConnectionError):
+        Zygote(front, control).serve()
+
+
+if __name__ == "__main__":
+    main()
