@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from modelport.v1.rollout_pb2_grpc import RolloutServiceAsyncStub
 
 T = TypeVar("T")
-Progress = Callable[[RolloutInfo], None]
+Progress = Callable[[str], None]
 Strategy = str | Sequence[str] | None
 
 _SEEN_WITHIN_S = 10.0
@@ -172,7 +172,7 @@ class AsyncRollouts:
             model: the model's name; it may have been published this moment.
             version: the version to wait for.
             timeout_s: how long to wait, in seconds; None for as long as it takes.
-            on_progress: called with every status that comes meanwhile.
+            on_progress: called with a few words whenever the version has got further.
 
         Raises:
             VersionRejectedError: if it is rejected or rolled back, with the gate and the reason.
@@ -180,27 +180,29 @@ class AsyncRollouts:
             RolloutTimeoutError: if none of that has happened in time.
             RpcError: if the server refuses, or can't be reached for as long as retries last.
         """
-        seen: list[RolloutInfo] = []
+        phase = "the server has not answered"
+
+        def tell(status: RolloutInfo) -> None:
+            nonlocal phase
+            before, phase = phase, phase_text(status, version)
+            if on_progress is not None and phase != before:
+                on_progress(phase)
+
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await self._in_charge(model, version, seen, on_progress)
+                return await self._in_charge(model, version, tell)
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            phase = phase_text(seen[-1], version) if seen else "the server has not answered"
             raise RolloutTimeoutError(
                 f"{model} version {version} was not in charge after {timeout_s:g} s: {phase}"
             ) from error
 
-    async def _in_charge(
-        self, model: str, version: int, seen: list[RolloutInfo], on_progress: Progress | None
-    ) -> RolloutInfo:
+    async def _in_charge(self, model: str, version: int, tell: Callable[[RolloutInfo], None]) -> RolloutInfo:
         manual = "manual" in (await self.policy(model)).strategy
         async with aclosing(self._soon_known(model)) as statuses:
             async for status in statuses:
-                seen[:] = [status]
-                if on_progress is not None:
-                    on_progress(status)
+                tell(status)
                 if is_in_charge(status, version, manual=manual):
                     return status
         raise AssertionError("a watch does not end by itself")

@@ -14,7 +14,7 @@ import grpc.aio
 import numpy as np
 
 from modelport import tensors
-from modelport.v1 import model_pb2, prediction_pb2, tensor_pb2
+from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2, tensor_pb2
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,6 +86,12 @@ class FakeServer:
     name: str = "m"
     options: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
     credentials: grpc.ServerCredentials | None = None
+
+    rollout: rollout_pb2.RolloutStatus | None = None
+    """What the rollout service says; None for that ``serving`` is in charge."""
+    policy: rollout_pb2.RolloutPolicy = field(default_factory=rollout_pb2.RolloutPolicy)
+    changes: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
+    """The rollout service's changes that were asked for: the method and its request."""
 
     requests: list[Request] = field(default_factory=list[Request])
     streams: int = 0
@@ -179,8 +185,68 @@ class FakeServer:
         return (
             raw.method_handlers_generic_handler("modelport.v1.PredictionService", prediction),
             raw.method_handlers_generic_handler("modelport.v1.ModelService", models),
+            raw.method_handlers_generic_handler("modelport.v1.RolloutService", self._rollout_handlers()),
             raw.method_handlers_generic_handler("grpc.health.v1.Health", health),
         )
+
+    def _rollout_handlers(self) -> dict[str, Any]:
+        raw = cast("Any", grpc)
+        service = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"]
+        handlers = {
+            name: raw.unary_unary_rpc_method_handler(self._changing(name))
+            for name in service.methods_by_name
+            if name.startswith(("Start", "Pause", "Resume", "Promote", "Rollback", "Approve", "Pin", "Unpin", "Set"))
+        }
+        return handlers | {
+            "GetRollout": raw.unary_unary_rpc_method_handler(self._get_rollout),
+            "WatchRollout": raw.unary_stream_rpc_method_handler(self._watch_rollout),
+            "GetPolicy": raw.unary_unary_rpc_method_handler(self._get_policy),
+            "ReadJournal": raw.unary_unary_rpc_method_handler(self._read_journal),
+        }
+
+    def _changing(self, method: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        async def change(message: bytes, context: Context) -> bytes:
+            request = getattr(rollout_pb2, f"{method}Request").FromString(message)
+            await self._check_model(request.model, context)
+            self.changes.append((method, request))
+            candidate = getattr(request, "version", 0)
+            state = rollout_pb2.DesiredState(
+                generation=len(self.changes), stable_version=self.serving, candidate_version=candidate
+            )
+            answer: bytes = getattr(rollout_pb2, f"{method}Response")(state=state).SerializeToString()
+            return answer
+
+        return change
+
+    async def _get_rollout(self, message: bytes, context: Context) -> bytes:
+        await self._check_model(rollout_pb2.GetRolloutRequest.FromString(message).model, context)
+        return rollout_pb2.GetRolloutResponse(status=self._rollout_status()).SerializeToString()
+
+    async def _watch_rollout(self, message: bytes, context: Context) -> AsyncIterator[bytes]:
+        await self._check_model(rollout_pb2.WatchRolloutRequest.FromString(message).model, context)
+        while True:
+            told = self._rollout_status()
+            yield rollout_pb2.WatchRolloutResponse(status=told).SerializeToString()
+            async with self._changed:
+                await self._changed.wait_for(lambda told=told: self._rollout_status() != told)  # type: ignore[misc]
+
+    async def _get_policy(self, message: bytes, context: Context) -> bytes:
+        await self._check_model(rollout_pb2.GetPolicyRequest.FromString(message).model, context)
+        return rollout_pb2.GetPolicyResponse(policy=self.policy).SerializeToString()
+
+    async def _read_journal(self, message: bytes, context: Context) -> bytes:
+        entries = [
+            rollout_pb2.JournalEntry(action=method, actor="somebody", reason=getattr(request, "reason", ""))
+            for method, request in reversed(self.changes)
+        ]
+        return rollout_pb2.ReadJournalResponse(entries=entries).SerializeToString()
+
+    async def _check_model(self, model: str, context: Context) -> None:
+        if model != self.name:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no model {model!r}")
+
+    def _rollout_status(self) -> rollout_pb2.RolloutStatus:
+        return self.rollout or rollout_pb2.RolloutStatus(model=self.name, stable_version=self.serving)
 
     async def _predict(self, message: bytes, context: Context) -> bytes:
         request = Request.FromString(message)
