@@ -23,10 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent
 def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of real SavedModels: ``zoo/<name>`` and ``versioned-<tag>``, see ``tests.support``."""
     folder = tmp_path_factory.mktemp("saved-models")
-    command = [sys.executable, "-m", "tests.support.make_models", str(folder)]
+    _make_models("make_models", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bad_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the SavedModels of ``tests.support.bad_versions``."""
+    folder = tmp_path_factory.mktemp("bad-versions")
+    _make_models("bad_versions", folder)
+    return folder
+
+
+def _make_models(module: str, folder: Path) -> None:
+    command = [sys.executable, "-m", f"tests.support.{module}", str(folder)]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-4000:]
-    return folder
 
 
 @pytest.fixture(scope="session")

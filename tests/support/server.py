@@ -20,11 +20,18 @@ START_TIMEOUT_S = 120.0
 class ServerProcess:
     """``modelport serve`` on a free port of the loopback interface."""
 
-    def __init__(self, registry: Path, scratch: Path, arguments: tuple[str, ...], port: int = 0) -> None:
+    def __init__(
+        self,
+        registry: Path,
+        scratch: Path,
+        arguments: tuple[str, ...],
+        port: int = 0,
+        program: tuple[str, ...] = ("modelport",),
+    ) -> None:
         self._port_file = scratch / f"port-{time.monotonic_ns()}"
         self.log = scratch / "server.log"
         self._output = self.log.open("ab")
-        command = [sys.executable, "-m", "modelport", "serve", "--registry", str(registry)]
+        command = [sys.executable, "-m", *program, "serve", "--registry", str(registry)]
         command += ["--address", f"127.0.0.1:{port}", "--port-file", str(self._port_file), *arguments]
         self.process = subprocess.Popen(command, stdout=self._output, stderr=self._output)
         self.port = 0
@@ -107,10 +114,12 @@ def wait_for(
 
 
 @contextmanager
-def run_server(registry: Path, scratch: Path, *arguments: str, port: int = 0) -> Generator[ServerProcess]:
+def run_server(
+    registry: Path, scratch: Path, *arguments: str, port: int = 0, program: tuple[str, ...] = ("modelport",)
+) -> Generator[ServerProcess]:
     """Starts a server, waits until it listens, and ends it afterwards, whatever happens."""
     scratch.mkdir(parents=True, exist_ok=True)
-    server = ServerProcess(registry, scratch, arguments, port)
+    server = ServerProcess(registry, scratch, arguments, port, program)
     try:
         server.wait_listening()
         yield server

@@ -1,0 +1,49 @@
+"""A server with limits that the command line has no options for, or with an engine that is not TensorFlow.
+
+``python -m tests.support.launch '{"engine": {"golden_timeout_s": 5}, "stub": false}' serve ...``: what comes
+after the settings is what ``modelport`` takes. With ``stub`` the engine processes run
+``tests.support.stub_engine``; everything else is what it always is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from modelport.cli import main as modelport
+from modelport_server import options
+from modelport_server.engines import spawner
+
+
+def program(*, stub: bool = False, rollout: dict[str, Any] | None = None, **engine: Any) -> tuple[str, ...]:
+    """Returns what ``run_server`` takes as program for engines with these limits."""
+    settings = {"engine": engine, "rollout": rollout or {}, "stub": stub}
+    return "tests.support.launch", json.dumps(settings)
+
+
+def _run_stub(
+    module: str, arguments: Sequence[int], fds: Sequence[int], environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    # The module's own name, because engine processes are known by it.
+    command = [sys.executable, "-m", "tests.support.stub_engine", f"modelport_server.engines.{module}"]
+    command += map(str, arguments)
+    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+
+
+def main() -> None:
+    """Runs ``modelport`` with the settings changed."""
+    settings: dict[str, Any] = json.loads(sys.argv.pop(1))
+    for name, limits in (("EngineLimits", settings["engine"]), ("RolloutOptions", settings["rollout"])):
+        setattr(options, name, partial(getattr(options, name), **limits))
+    if settings["stub"]:
+        setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
+    modelport()
+
+
+if __name__ == "__main__":
+    main()
