@@ -129,7 +129,7 @@ class Rejection:
     """Why a version is not tried again."""
 
     gate: str
-    """The gate that it failed; ``rollback`` if it was rolled back."""
+    """The gate that it failed; ``bake`` or ``rollback`` for what came after them, ``crash`` for a failing engine."""
     reason: str
     """What was found."""
 

@@ -259,7 +259,8 @@ def _hopeless(status: RolloutInfo, version: int, *, manual: bool) -> str | None:
     if status.stable is not None and status.stable > version:
         return f"was passed over: version {status.stable} is in charge; {start}"
     if status.pinned is not None:
-        return f"will not come into service by itself: version {status.pinned} is pinned; {start}"
+        unpin = f"take the pin off: modelport pin {status.model} --remove"
+        return f"will not come into service by itself: version {status.pinned} is pinned; {unpin}"
     if manual:
         return f"will not come into service by itself: the model's policy is manual; {start}"
     return None

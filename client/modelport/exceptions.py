@@ -71,18 +71,22 @@ class RolloutError(ModelportError):
     """A version that was waited for does not come into service, as things stand."""
 
 
+_AFTER_THE_GATES = {"bake": "was rolled back", "rollback": "was rolled back", "crash": "was rejected as it crashed"}
+
+
 class VersionRejectedError(RolloutError):
     """A version was rejected; it is not tried again unless somebody approves it.
 
     Args:
         model: the model's name.
         version: the version's number.
-        gate: the gate that it failed; ``rollback`` if it was rolled back.
+        gate: the gate that it failed; ``bake`` or ``rollback`` for what came after them, ``crash`` for an engine
+            that failed.
         reason: what was found.
     """
 
     def __init__(self, model: str, version: int, *, gate: str, reason: str) -> None:
-        what = "was rolled back" if gate == "rollback" else f"was rejected at the gate {gate}"
+        what = _AFTER_THE_GATES.get(gate, f"was rejected at the gate {gate}")
         super().__init__(f"{model} version {version} {what}: {reason or 'no reason was given'}")
         self.model = model
         self.version = version

@@ -1,5 +1,6 @@
 """The model registry: a folder of versioned SavedModels that publishers and servers share."""
 
+from modelport_registry import transitions
 from modelport_registry._errors import (
     AlreadyExistsError,
     ConflictError,
@@ -11,13 +12,17 @@ from modelport_registry._errors import (
 from modelport_registry._graph import GraphFunction, GraphNode, MetaGraph, read_graph
 from modelport_registry._json import JSON
 from modelport_registry._manifest import FileEntry, Lineage, Manifest, SignatureSpec, TensorSpec
+from modelport_registry._policy import RolloutPolicy, Step, StepKind, Strategy, parse_step, parse_strategy
 from modelport_registry._registry import Registry
+from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
 from modelport_registry._types import GarbageReport, Golden, JournalEntry, Published, State
+from modelport_registry._wait import wait_until_stable
 
 __all__ = [
     "JSON",
     "AlreadyExistsError",
     "ConflictError",
+    "Ended",
     "FileEntry",
     "GarbageReport",
     "Golden",
@@ -30,11 +35,22 @@ __all__ = [
     "Manifest",
     "MetaGraph",
     "NotFoundError",
+    "Phase",
     "Published",
     "Registry",
     "RegistryError",
+    "Rejection",
+    "Rollout",
+    "RolloutPolicy",
     "SignatureSpec",
     "State",
+    "Step",
+    "StepKind",
+    "Strategy",
     "TensorSpec",
+    "parse_step",
+    "parse_strategy",
     "read_graph",
+    "transitions",
+    "wait_until_stable",
 ]

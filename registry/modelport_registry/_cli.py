@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modelport_registry import _cli_rollout
 from modelport_registry._errors import IntegrityError, RegistryError
 from modelport_registry._json import JSON
 
@@ -42,6 +43,7 @@ def register(app: typer.Typer) -> None:
         ("journal", journal),
     ):
         app.command(name, rich_help_panel=_PANEL)(command)
+    _cli_rollout.register(app)
 
 
 def publish(
@@ -68,6 +70,15 @@ def publish(
     data_sha256: Annotated[str | None, typer.Option(help="The digest of the training data.")] = None,
     source: Annotated[str | None, typer.Option(help="What made the model, in words.")] = None,
     version: Annotated[int | None, typer.Option(help="The number to use; the next free one else.")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when the version is in charge; 1 if it is rejected.")
+    ] = False,
+    server: Annotated[
+        str | None, typer.Option(help="Wait by what the server at HOST:PORT says, not by the registry alone.")
+    ] = None,
+    wait_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to wait at most.", show_default="as long as it takes")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Publish a SavedModel folder as a new version, whole or not at all.
@@ -81,9 +92,13 @@ def publish(
         modelport publish mnist ./export --golden golden.npz --alias stable
 
         modelport publish mnist ./export --metric accuracy=0.991 --json
+
+        modelport publish mnist ./export --wait --wait-timeout 600
     """
     from modelport_registry import Lineage, Registry
+    from modelport_registry._cli_wait import WaitFor
 
+    waiting = WaitFor.parse(wait, server, wait_timeout)
     lineage = Lineage(data_sha256, _parameters(param or []), code_revision, source)
     metrics = {name: _number(name, text) for name, text in map(_pair, metric or [])}
     with _progress(f"publishing {model}") as on_progress:
@@ -103,11 +118,16 @@ def publish(
         _diagnose(f"warning: {warning}")
     if as_json:
         document = _manifest_document(result.manifest)
-        _print_json({**document, "path": str(result.path), "warnings": result.warnings})
+        rollout = waiting.outcome(registry, model, result.version)
+        _print_json({**document, "path": str(result.path), "warnings": result.warnings, **rollout})
+        waiting.finish()
         return
     count, size = len(result.manifest.files), _size(result.manifest.size_bytes)
     checked = f"{result.manifest.golden} golden examples" if result.manifest.golden else "no golden examples"
     _print(f"published {model} version {result.version}: {count} files, {size}, {checked}, in {result.path}")
+    if waiting.outcome(registry, model, result.version):
+        waiting.finish()
+        _print(f"{model} version {result.version} is in charge")
 
 
 def models(registry: RegistryOption = _DEFAULT_ROOT, as_json: JsonOption = False) -> None:

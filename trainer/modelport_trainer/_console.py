@@ -115,6 +115,10 @@ class ConsoleListener:
         """Says that there was nothing new to publish."""
         self._out.print(f"already published as {name}/{version}")
 
+    def waiting(self, name: str, version: int, phase: str) -> None:
+        """Prints how far the version has got."""
+        self._err.print(f"{name}/{version}: {phase}", soft_wrap=True)
+
 
 def data_table(report: DataReport) -> Table:
     """Returns what was found in train and test, side by side."""

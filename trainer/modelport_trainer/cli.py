@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from modelport_trainer._published import Answers
     from modelport_trainer.evaluation import Evaluation
-    from modelport_trainer.pipeline import PipelineOptions, PublishOptions
+    from modelport_trainer.pipeline import PipelineOptions, PublishOptions, WaitOptions
 
 _PANEL = "Train"
 _INTERRUPTED = 130
@@ -92,6 +92,20 @@ def train(
     registry: _RegistryDir = Path("models"),
     alias: Annotated[list[str] | None, typer.Option(help="Point this alias at the new version; repeatable.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A word to keep with the version; repeatable.")] = None,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait", help="Return when the version is in charge; 1 if it is rejected.", rich_help_panel="Run"
+        ),
+    ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Wait by what this server says, not by the registry alone.", rich_help_panel="Run"),
+    ] = None,
+    wait_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds to wait at most.", show_default="as long as it takes", rich_help_panel="Run"),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Train an image classifier, test it, and publish it as a new version.
@@ -108,6 +122,8 @@ def train(
         modelport train --data-dir /usr/share/datasets/fashion-mnist --model fashion
 
         modelport train --data mnist --resume
+
+        modelport train --data mnist --wait --wait-timeout 600
     """
     from modelport_trainer._sources import DataSource
     from modelport_trainer.model import HyperParameters
@@ -138,7 +154,12 @@ def train(
             seed=seed,
         ),
     )
-    target = PublishOptions(registry=registry, aliases=tuple(alias or ()), tags=tuple(tag or ()))
+    target = PublishOptions(
+        registry=registry,
+        aliases=tuple(alias or ()),
+        tags=tuple(tag or ()),
+        wait=_wait_options(wait and publish, server, wait_timeout),
+    )
     _run(options, run_dir, target if publish else None, resume=resume, as_json=as_json)
 
 
@@ -215,6 +236,17 @@ def demo(
     status = Demo(options, Console(highlight=False)).run()
     if status:
         raise typer.Exit(status)
+
+
+def _wait_options(wait: bool, server: str | None, timeout_s: float | None) -> WaitOptions | None:
+    from modelport_trainer.errors import OptionError
+    from modelport_trainer.pipeline import WaitOptions
+
+    if wait:
+        return WaitOptions(server=server, timeout_s=timeout_s)
+    if server is not None or timeout_s is not None:
+        raise OptionError("--server and --wait-timeout go with --publish --wait")
+    return None
 
 
 def _run(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from modelport.names import is_valid_name, shown
-from modelport_registry import JSON, Published, Registry, RegistryError
+from modelport_registry import JSON, Published, Registry, RegistryError, wait_until_stable
 from modelport_trainer import data, deployment, model, training
 from modelport_trainer.data import DataReport, Dataset, DataSource
 from modelport_trainer.errors import OptionError, TrainerError
@@ -22,6 +22,20 @@ from modelport_trainer.training import TrainingListener, TrainingOptions, Traini
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WaitOptions:
+    """How to wait until a published version is in charge."""
+
+    server: str | None = None
+    """Ask the server at this address; None, the default, goes by what the registry says alone."""
+    timeout_s: float | None = None
+    """How long to wait, in seconds; None, the default, means for as long as it takes."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise OptionError(f"the time to wait must be above 0 seconds, not {self.timeout_s:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishOptions:
     """Where a trained model goes."""
 
@@ -31,6 +45,8 @@ class PublishOptions:
     """Aliases to point at the new version."""
     tags: tuple[str, ...] = ()
     """Words of the publisher's own."""
+    wait: WaitOptions | None = None
+    """Whether and how to wait until the new version is in charge. Default: not at all."""
 
     def __post_init__(self) -> None:
         for alias in self.aliases:
@@ -107,6 +123,10 @@ class Listener(TrainingListener, Protocol):
         """The run was published before, and nothing has changed since."""
         ...
 
+    def waiting(self, name: str, version: int, phase: str) -> None:
+        """The published version has got as far as ``phase`` says."""
+        ...
+
 
 def run_pipeline(
     options: PipelineOptions,
@@ -130,6 +150,7 @@ def run_pipeline(
     Raises:
         TrainerError: If a step fails.
         RegistryError: If it cannot be published.
+        RolloutError: If it was waited for, and is rejected or does not come into service.
     """
     dataset, found = data.load(options.source)
     options.network.check_fits(dataset.image_shape)
@@ -165,6 +186,8 @@ def run_pipeline(
         published = None
         if publish is not None:
             published = _publish(options, content, run, predictor, publish, listener)
+    if publish is not None and publish.wait is not None:
+        _wait(options.name, _published_version(run), publish, publish.wait, listener)
     return Outcome(
         run_dir=run.path,
         data=found,
@@ -230,6 +253,26 @@ def _publish(
     run.write_json("published.json", key | {"model": options.name, "version": made.version})
     listener.published(made)
     return made
+
+
+def _published_version(run: RunFolder) -> int:
+    published = run.read_published()
+    if published is None:
+        raise ValueError("only what was published is waited for")
+    return int(published["version"])
+
+
+def _wait(name: str, version: int, publish: PublishOptions, wait: WaitOptions, listener: Listener) -> None:
+    def tell(phase: str) -> None:
+        listener.waiting(name, version, phase)
+
+    if wait.server is None:
+        wait_until_stable(Registry(publish.registry), name, version, timeout_s=wait.timeout_s, on_progress=tell)
+        return
+    from modelport import Client
+
+    with Client(wait.server) as client:
+        client.rollouts.wait_for_version(name, version, timeout_s=wait.timeout_s, on_progress=tell)
 
 
 def _version_before(registry: Registry, name: str, run: RunFolder, key: Mapping[str, Any]) -> int | None:

@@ -1,0 +1,73 @@
+"""``modelport publish --wait``: publishing that ends when the version is in charge, or never will be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from modelport.exceptions import RolloutError, VersionRejectedError
+from modelport_registry._errors import RegistryError
+from modelport_registry._json import JSON
+
+
+class WaitFor:
+    """Waits for one version, if that is asked for.
+
+    Args:
+        wait: whether to wait at all.
+        server: the server to ask; None for the registry alone.
+        timeout_s: how long to wait, in seconds; None for as long as it takes.
+    """
+
+    def __init__(self, *, wait: bool, server: str | None, timeout_s: float | None) -> None:
+        self._wait = wait
+        self._server = server
+        self._timeout_s = timeout_s
+        self._failure: RolloutError | None = None
+
+    @classmethod
+    def parse(cls, wait: bool, server: str | None, timeout_s: float | None) -> WaitFor:
+        """Returns what the options ask for.
+
+        Raises:
+            RegistryError: if they contradict each other.
+        """
+        if not wait and (server is not None or timeout_s is not None):
+            raise RegistryError("--server and --wait-timeout go with --wait")
+        if timeout_s is not None and not timeout_s > 0:
+            raise RegistryError(f"--wait-timeout must be above 0 seconds, not {timeout_s:g}")
+        return cls(wait=wait, server=server, timeout_s=timeout_s)
+
+    def outcome(self, registry: Path, model: str, version: int) -> dict[str, JSON]:
+        """Waits, and returns what came of it; nothing if waiting was not asked for."""
+        if not self._wait:
+            return {}
+        try:
+            self._until_stable(registry, model, version)
+        except VersionRejectedError as error:
+            self._failure = error
+            return {"stable": False, "gate": error.gate, "reason": error.reason}
+        except RolloutError as error:
+            self._failure = error
+            return {"stable": False, "reason": str(error)}
+        return {"stable": True}
+
+    def finish(self) -> None:
+        """Raises what kept the version from coming into service, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _until_stable(self, registry: Path, model: str, version: int) -> None:
+        def tell(phase: str) -> None:
+            typer.echo(f"{model} version {version}: {phase}", err=True)
+
+        if self._server is None:
+            from modelport_registry import Registry, wait_until_stable
+
+            wait_until_stable(Registry(registry), model, version, timeout_s=self._timeout_s, on_progress=tell)
+            return
+        from modelport import Client
+
+        with Client(self._server) as client:
+            client.rollouts.wait_for_version(model, version, timeout_s=self._timeout_s, on_progress=tell)

@@ -1,0 +1,113 @@
+"""Waiting for a version to come into service, by what the registry says alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from modelport.exceptions import RolloutError, RolloutTimeoutError, VersionRejectedError
+from modelport_registry._registry import STABLE, Registry
+from modelport_registry._types import State
+
+_POLL_INTERVAL_S = 0.2
+
+
+def wait_until_stable(
+    registry: Registry,
+    model: str,
+    version: int,
+    *,
+    timeout_s: float | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> State:
+    """Returns as soon as a version is in charge; servers on the same registry bring it there.
+
+    Args:
+        registry: where the version was published.
+        model: the model's name.
+        version: the version to wait for.
+        timeout_s: how long to wait, in seconds; None for as long as it takes.
+        on_progress: called with a few words whenever the version has got further.
+
+    Returns:
+        The model's desired state by then.
+
+    Raises:
+        NotFoundError: if there is no such version, or none any more.
+        VersionRejectedError: if it is rejected or rolled back, with the gate and the reason.
+        RolloutError: if it was replaced, or nothing will make it the candidate by itself.
+        RolloutTimeoutError: if none of that has happened in time.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    told = ""
+    while True:
+        registry.resolve(model, version=version)
+        state = registry.state(model)
+        phase = phase_text(state, version)
+        if on_progress is not None and phase != told:
+            on_progress(phase)
+        told = phase
+        if is_stable(model, version, state, registry.versions(model)):
+            return state
+        if deadline is not None and time.monotonic() >= deadline:
+            raise RolloutTimeoutError(f"{model} version {version} was not in charge after {timeout_s:g} s: {phase}")
+        time.sleep(_POLL_INTERVAL_S)
+
+
+def is_stable(model: str, version: int, state: State, versions: Sequence[int]) -> bool:
+    """Returns whether a version is in charge; False while it may still come to be.
+
+    Args:
+        model: the model's name, for the errors.
+        version: the version in question.
+        state: what the registry asks for.
+        versions: the versions that the registry has.
+
+    Raises:
+        VersionRejectedError: if it was rejected.
+        RolloutError: if it will not come into service by itself, as things stand.
+    """
+    if state.aliases.get(STABLE) == version:
+        return True
+    if (rejection := state.rejected.get(version)) is not None:
+        raise VersionRejectedError(model, version, gate=rejection.gate, reason=rejection.reason)
+    if (reason := _hopeless(model, version, state, versions)) is not None:
+        raise RolloutError(f"{model} version {version} {reason}")
+    return False
+
+
+def phase_text(state: State, version: int) -> str:
+    """Returns in words where a version stands that is waited for."""
+    rollout = state.rollout
+    if state.aliases.get(STABLE) == version:
+        return "it is in charge"
+    if rollout is None:
+        return "it waits for a server to take it up"
+    if rollout.version != version:
+        return f"it waits for the rollout of version {rollout.version} to end"
+    paused = ", paused" if rollout.paused else ""
+    if (step := rollout.current) is not None:
+        where = f"step {rollout.step + 1} of {len(rollout.steps)}"
+        return f"{where}, {step.kind.value} {step.share:.4g} of the calls for {step.bake_s:g} s{paused}"
+    return f"{rollout.phase.value}{paused}"
+
+
+def _hopeless(model: str, version: int, state: State, versions: Sequence[int]) -> str | None:
+    start = f"start it: modelport rollout start {model} {version}"
+    under_way = None if state.rollout is None else state.rollout.version
+    stable = state.aliases.get(STABLE, 0)
+    if under_way == version:
+        return None
+    if state.last is not None and state.last.version == version:
+        return f"is not in charge: its rollout has ended, {state.last.outcome}; {start}"
+    if state.pin is not None:
+        unpin = f"take the pin off: modelport pin {model} --remove"
+        return f"will not come into service by itself: version {state.pin} is pinned; {unpin}"
+    if state.policy.manual:
+        return f"will not come into service by itself: the model's policy is manual; {start}"
+    newer = [number for number in versions if number > version and number not in state.rejected]
+    if newer:
+        return f"was passed over: version {newer[-1]} goes before it; {start}"
+    if stable and version <= max(stable, state.considered):
+        return f"was passed over: version {max(stable, state.considered)} was tried before it; {start}"
+    return None
