@@ -1,0 +1,239 @@
+"""Gate 7: whether a version is slower than the stable one, measured side by side on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelport.names import DEFAULT_SIGNATURE, shown
+from modelport_registry import JSON, Golden, SignatureSpec
+from modelport_server.errors import ServeError
+from modelport_server.gates.result import SPEED, GateResult, Outcome
+
+Inputs = Mapping[str, NDArray[Any]]
+
+MIDDLE_ROWS = 32
+"""The larger of the two batches that are measured, if versions take that many rows."""
+
+_FEWEST_PAIRS = 5
+_MOST_SIGNATURES = 3
+_DOUBTFUL = 0.75
+"""At this share of the largest ratio, and above, a version is measured for as long again."""
+_NOT_FELT_US = 50.0
+"""A call that takes this much longer is not slower to anybody, however often a tiny model fits into it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one batch took."""
+
+    engine_time_us: float
+    """From its start to its end in the engine."""
+    cpu_time_us: float
+    """Processor time of all the engine's threads meanwhile."""
+    rows: int
+
+
+class Prober(Protocol):
+    """Runs a batch on a version and says what it took."""
+
+    async def probe(self, signature: str, inputs: Inputs) -> Probe:
+        """Runs one batch by itself.
+
+        Raises:
+            ServeError: if it can't be run.
+        """
+        ...
+
+
+def probe_sizes(largest: int) -> tuple[int, ...]:
+    """Returns the batch sizes to measure at, where the largest batch has ``largest`` rows."""
+    return (1,) if largest == 1 else (1, min(largest, MIDDLE_ROWS))
+
+
+def shared_examples(
+    golden: Sequence[Golden], stable: Mapping[str, SignatureSpec], candidate: Mapping[str, SignatureSpec]
+) -> dict[str, Inputs]:
+    """Returns a version's golden inputs by signature, for those signatures that take the same in both versions."""
+    same = {name for name in stable.keys() & candidate.keys() if _taken(stable[name]) == _taken(candidate[name])}
+    return {example.signature: example.inputs for example in golden if example.signature in same}
+
+
+def _taken(spec: SignatureSpec) -> list[tuple[str, str]]:
+    return [(tensor.name, tensor.dtype) for tensor in spec.inputs]
+
+
+async def compare_speed(
+    stable: Prober | None,
+    candidate: Prober,
+    examples: Mapping[str, Inputs],
+    *,
+    batched: Collection[str],
+    sizes: Sequence[int],
+    max_ratio: float,
+    budget_s: float = 1.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> GateResult:
+    """Runs equal batches on both versions in turns and compares what a row takes.
+
+    Others use the machine too: their calls make wall time longer, and an engine that waits busily makes
+    processor time longer. A version is slower if both medians are, at one size of batch. What comes near the
+    limit is measured for as long again.
+
+    Args:
+        stable: the version in charge; None without one.
+        candidate: the version that would replace it.
+        examples: inputs by signature, as ``shared_examples`` returns them.
+        batched: the signatures whose rows may run together in both versions.
+        sizes: the rows per batch to measure at.
+        max_ratio: how many times longer a row of the candidate may take.
+        budget_s: how long to measure, in seconds; each size is measured five times in any case.
+        clock: returns seconds.
+
+    Returns:
+        What was found; skipped where there is nothing to compare with.
+    """
+    started = clock()
+
+    def result(outcome: Outcome, reason: str = "", figures: Mapping[str, JSON] | None = None) -> GateResult:
+        return GateResult(SPEED, outcome, clock() - started, figures or {}, reason)
+
+    if stable is None:
+        return result(Outcome.SKIPPED, "there is no stable version to compare with")
+    cases = list(_cases(examples, batched, sizes))
+    if not cases:
+        return result(Outcome.SKIPPED, "there are no golden inputs that the stable version takes too")
+    race = _Race(stable, candidate, max_ratio, clock)
+    try:
+        for case in cases:
+            await race.run(case, budget_s / len(cases))
+            if case.doubtful(max_ratio):  # a second look at what may have been somebody else's doing
+                await race.run(case, budget_s / len(cases))
+    except _StableFailedError as error:
+        return result(Outcome.SKIPPED, f"the stable version can't be measured: {error}")
+    except ServeError as error:
+        return result(Outcome.FAILED, f"it fails on its golden inputs: {error}")
+    figures: dict[str, JSON] = {"max_ratio": max_ratio, "measured": [case.figures() for case in cases]}
+    slow = [case for case in cases if case.slower(max_ratio)]
+    if not slow:
+        return result(Outcome.PASSED, figures=figures)
+    worst = max(slow, key=lambda case: case.ratio)
+    return result(Outcome.FAILED, worst.text(max_ratio), figures)
+
+
+@dataclass(slots=True)
+class _Case:
+    """One signature at one size of batch."""
+
+    signature: str
+    inputs: Inputs
+    stable: list[Probe] = field(default_factory=list[Probe])
+    candidate: list[Probe] = field(default_factory=list[Probe])
+
+    @property
+    def rows(self) -> int:
+        return max(self.candidate[0].rows, 1)
+
+    @property
+    def ratio(self) -> float:
+        return _ratio(_wall(self.stable), _wall(self.candidate))
+
+    @property
+    def cpu_ratio(self) -> float:
+        return _ratio(_cpu(self.stable), _cpu(self.candidate))
+
+    def slower(self, max_ratio: float) -> bool:
+        felt = _wall(self.candidate) - _wall(self.stable) > _NOT_FELT_US
+        return felt and self.ratio > max_ratio and self.cpu_ratio > max_ratio
+
+    def doubtful(self, max_ratio: float) -> bool:
+        return self.ratio > max_ratio * _DOUBTFUL and self.cpu_ratio > max_ratio * _DOUBTFUL
+
+    def figures(self) -> dict[str, JSON]:
+        return {
+            "signature": self.signature,
+            "rows": self.rows,
+            "pairs": len(self.candidate),
+            "stable_us_per_row": round(_wall(self.stable) / self.rows, 2),
+            "candidate_us_per_row": round(_wall(self.candidate) / self.rows, 2),
+            "ratio": round(self.ratio, 3),
+            "stable_cpu_us_per_row": round(_cpu(self.stable) / self.rows, 2),
+            "candidate_cpu_us_per_row": round(_cpu(self.candidate) / self.rows, 2),
+            "cpu_ratio": round(self.cpu_ratio, 3),
+        }
+
+    def text(self, max_ratio: float) -> str:
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return (
+            f"signature {shown(self.signature)} takes {_wall(self.candidate) / self.rows:.0f} us per row with "
+            f"{rows} together, the stable version {_wall(self.stable) / self.rows:.0f} us: {self.ratio:.1f} times as "
+            f"long, {self.cpu_ratio:.1f} times the processor time (at most {max_ratio:g}); "
+            "if that is fine: modelport policy MODEL --max-speed-ratio"
+        )
+
+
+def _wall(probes: list[Probe]) -> float:
+    return median(probe.engine_time_us for probe in probes)
+
+
+def _cpu(probes: list[Probe]) -> float:
+    return median(probe.cpu_time_us for probe in probes)
+
+
+def _ratio(stable: float, candidate: float) -> float:
+    return max(candidate, 1.0) / max(stable, 1.0)
+
+
+class _StableFailedError(Exception):
+    """The stable version can't be measured now: that says nothing about the candidate."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Race:
+    """Two versions that run the same batches in turns."""
+
+    stable: Prober
+    candidate: Prober
+    max_ratio: float
+    clock: Callable[[], float]
+
+    async def run(self, case: _Case, budget_s: float) -> None:
+        await self._run_stable(case)  # not measured: the first run of a shape may be longer
+        await self._run_candidate(case)
+        end, fewest = self.clock() + budget_s, len(case.candidate) + _FEWEST_PAIRS
+        while len(case.candidate) < fewest or self.clock() < end:
+            first, second = self._run_stable, self._run_candidate
+            if len(case.candidate) % 2:  # so that neither is always the one after a pause
+                first, second = second, first
+            probes = {first: await first(case), second: await second(case)}
+            case.stable.append(probes[self._run_stable])
+            case.candidate.append(probes[self._run_candidate])
+
+    async def _run_stable(self, case: _Case) -> Probe:
+        try:
+            return await self.stable.probe(case.signature, case.inputs)
+        except ServeError as error:
+            raise _StableFailedError(str(error)) from error
+
+    async def _run_candidate(self, case: _Case) -> Probe:
+        return await self.candidate.probe(case.signature, case.inputs)
+
+
+def _cases(examples: Mapping[str, Inputs], batched: Collection[str], sizes: Sequence[int]) -> Iterator[_Case]:
+    names = sorted(examples, key=lambda name: (name != DEFAULT_SIGNATURE, name))[:_MOST_SIGNATURES]
+    for name in names:
+        inputs = examples[name]
+        if name not in batched:
+            yield _Case(name, inputs)
+        elif all(len(array) for array in inputs.values()):
+            yield from (_Case(name, _resized(inputs, size)) for size in sorted(set(sizes)))
+
+
+def _resized(inputs: Inputs, rows: int) -> dict[str, NDArray[Any]]:
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}

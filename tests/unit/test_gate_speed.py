@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from modelport_registry import Golden, SignatureSpec, TensorSpec
+from modelport_server.errors import ModelFailureError, NotAvailableError
+from modelport_server.gates.result import GateResult, Outcome
+from modelport_server.gates.speed import Probe, Prober, compare_speed, probe_sizes, shared_examples
+
+ROWS = {"x": np.zeros((3, 4), np.float32)}
+Noise = Callable[[random.Random], tuple[float, float]]
+
+
+@dataclass
+class Clock:
+    """Time that passes as batches run."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeProber:
+    """Takes some time per call and per row, times what the noise says for wall and processor time."""
+
+    clock: Clock
+    us_per_call: float = 200.0
+    us_per_row: float = 20.0
+    noise: Noise | None = None
+    seed: int = 0
+    error: Exception | None = None
+    calls: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    async def probe(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Probe:
+        if self.error is not None:
+            raise self.error
+        rows = len(inputs["x"])
+        self.calls.append((signature, rows))
+        wall, cpu = self.noise(self._random) if self.noise else (1.0, 1.0)
+        spent_us = self.us_per_call + rows * self.us_per_row
+        self.clock.now += spent_us * wall / 1e6
+        return Probe(spent_us * wall, spent_us * cpu, rows)
+
+
+async def _compare(stable: Prober | None, candidate: FakeProber, **options: Any) -> GateResult:
+    settings: dict[str, Any] = {"batched": ["f"], "sizes": (1, 32), "max_ratio": 2.0, "clock": candidate.clock}
+    return await compare_speed(stable, candidate, {"f": ROWS}, **(settings | options))
+
+
+def _measured(result: GateResult) -> Any:
+    return result.figures["measured"]
+
+
+def _waiting(_: random.Random) -> tuple[float, float]:
+    return 4.0, 1.0
+
+
+def _spinning(_: random.Random) -> tuple[float, float]:
+    return 1.0, 4.0
+
+
+async def test_equal_versions_pass_with_all_figures() -> None:
+    clock = Clock()
+    stable, candidate = FakeProber(clock), FakeProber(clock)
+    result = await _compare(stable, candidate)
+    assert (result.gate, result.outcome, result.reason) == ("speed", Outcome.PASSED, "")
+    assert result.figures["max_ratio"] == 2.0
+    assert result.seconds == pytest.approx(1.0, rel=0.05)
+    single, batch = _measured(result)
+    assert single["pairs"] > 500
+    assert {key: single[key] for key in single if key != "pairs"} == {
+        "signature": "f",
+        "rows": 1,
+        "stable_us_per_row": 220.0,
+        "candidate_us_per_row": 220.0,
+        "ratio": 1.0,
+        "stable_cpu_us_per_row": 220.0,
+        "candidate_cpu_us_per_row": 220.0,
+        "cpu_ratio": 1.0,
+    }
+    assert (batch["rows"], batch["stable_us_per_row"]) == (32, 26.25)
+    assert {rows for _, rows in stable.calls} == {1, 32}
+    assert stable.calls == candidate.calls
+
+
+async def test_a_slower_version_fails_with_one_line() -> None:
+    clock = Clock()
+    result = await _compare(FakeProber(clock), FakeProber(clock, us_per_call=900.0, us_per_row=80.0))
+    assert result.outcome is Outcome.FAILED
+    assert result.reason == (
+        "signature 'f' takes 980 us per row with 1 row together, the stable version 220 us: 4.5 times as long, "
+        "4.5 times the processor time (at most 2); if that is fine: modelport policy MODEL --max-speed-ratio"
+    )
+
+
+async def test_slow_in_batches_alone_is_slow() -> None:
+    clock = Clock()
+    result = await _compare(FakeProber(clock), FakeProber(clock, us_per_row=90.0))
+    assert result.outcome is Outcome.FAILED
+    assert "with 32 rows together" in result.reason
+
+
+@pytest.mark.parametrize("noise", [_waiting, _spinning])
+async def test_wall_or_processor_time_alone_proves_nothing(noise: Noise) -> None:
+    clock = Clock()
+    assert (await _compare(FakeProber(clock), FakeProber(clock, noise=noise))).outcome is Outcome.PASSED
+
+
+async def test_what_nobody_feels_is_not_slow() -> None:
+    clock = Clock()
+    tiny = FakeProber(clock, us_per_call=5.0, us_per_row=0.1)
+    assert (await _compare(tiny, FakeProber(clock, us_per_call=40.0, us_per_row=0.5))).outcome is Outcome.PASSED
+
+
+def _busy(source: random.Random) -> tuple[float, float]:
+    """A machine that others use: many calls take several times as long, and some of the time is counted as theirs."""
+    wall = source.lognormvariate(0.0, 0.4) * (source.uniform(2.0, 12.0) if source.random() < 0.35 else 1.0)
+    return wall, source.lognormvariate(0.0, 0.3) * (source.uniform(1.0, 4.0) if source.random() < 0.25 else 1.0)
+
+
+@pytest.mark.parametrize("us_per_call", [200.0, 200_000.0])
+async def test_equal_versions_are_never_rejected_on_a_busy_machine(us_per_call: float) -> None:
+    """The slow model is measured five times only."""
+    for seed in range(300):
+        clock = Clock()
+        stable = FakeProber(clock, us_per_call, noise=_busy, seed=seed)
+        candidate = FakeProber(clock, us_per_call, noise=_busy, seed=seed + 10_000)
+        result = await _compare(stable, candidate)
+        assert result.outcome is Outcome.PASSED, (seed, result.to_json())
+
+
+@pytest.mark.parametrize("us_per_call", [200.0, 200_000.0])
+async def test_four_times_slower_is_nearly_always_found_on_a_busy_machine(us_per_call: float) -> None:
+    found = 0
+    for seed in range(100):
+        clock = Clock()
+        stable = FakeProber(clock, us_per_call, noise=_busy, seed=seed)
+        candidate = FakeProber(clock, 4 * us_per_call, us_per_row=80.0, noise=_busy, seed=seed + 10_000)
+        found += (await _compare(stable, candidate)).outcome is Outcome.FAILED
+    assert found >= 95
+
+
+async def test_a_slow_model_is_measured_five_times_whatever_the_budget() -> None:
+    clock = Clock()
+    stable, candidate = FakeProber(clock, us_per_call=1e6), FakeProber(clock, us_per_call=1e6)
+    result = await _compare(stable, candidate, sizes=(1,))
+    assert _measured(result)[0]["pairs"] == 5
+    assert len(stable.calls) == 6
+
+
+async def test_what_is_not_batched_runs_as_it_was_published() -> None:
+    clock = Clock()
+    candidate = FakeProber(clock)
+    await _compare(FakeProber(clock), candidate, batched=[])
+    assert set(candidate.calls) == {("f", 3)}
+
+
+async def test_skipped_without_anything_to_compare() -> None:
+    clock = Clock()
+    candidate = FakeProber(clock)
+    without = await _compare(None, candidate)
+    assert (without.outcome, without.reason) == (Outcome.SKIPPED, "there is no stable version to compare with")
+    empty = await compare_speed(FakeProber(clock), candidate, {}, batched=[], sizes=(1,), max_ratio=2.0)
+    assert empty.outcome is Outcome.SKIPPED
+    assert "no golden inputs that the stable version takes too" in empty.reason
+    assert not candidate.calls
+
+
+async def test_who_fails_decides() -> None:
+    clock = Clock()
+    broken = FakeProber(clock, error=NotAvailableError("the engine is not there"))
+    skipped = await _compare(broken, FakeProber(clock))
+    assert (skipped.outcome, skipped.reason) == (
+        Outcome.SKIPPED,
+        "the stable version can't be measured: the engine is not there",
+    )
+    failed = await _compare(FakeProber(clock), FakeProber(clock, error=ModelFailureError("no")))
+    assert (failed.outcome, failed.reason) == (Outcome.FAILED, "it fails on its golden inputs: no")
+
+
+async def test_at_most_three_signatures_are_measured() -> None:
+    clock = Clock()
+    candidate = FakeProber(clock)
+    names = ["z", "a", "serving_default", "b", "c"]
+    examples = dict.fromkeys(names, ROWS)
+    await compare_speed(
+        FakeProber(clock), candidate, examples, batched=list(examples), sizes=(1,), max_ratio=2.0, clock=clock
+    )
+    assert {name for name, _ in candidate.calls} == {"serving_default", "a", "b"}
+
+
+def test_shared_examples_are_those_that_both_take() -> None:
+    def specs(**dtypes: str) -> dict[str, SignatureSpec]:
+        return {name: SignatureSpec(name, (TensorSpec("x", dtype, (None, 4)),), ()) for name, dtype in dtypes.items()}
+
+    golden = [Golden(name, ROWS, {}) for name in ("same", "changed", "new")]
+    shared = shared_examples(
+        golden,
+        specs(same="float32", changed="float64", old="float32"),
+        specs(same="float32", changed="float32", new="float32"),
+    )
+    assert shared.keys() == {"same"}
+
+
+def test_sizes() -> None:
+    assert [probe_sizes(largest) for largest in (1, 2, 32, 128)] == [(1,), (1, 2), (1, 32), (1, 32)]
