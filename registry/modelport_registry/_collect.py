@@ -8,11 +8,12 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelport_registry._files import try_lock
 from modelport_registry._folder import ModelFolder
+from modelport_registry._types import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,11 @@ def _leftovers(folder: ModelFolder, locks: contextlib.ExitStack, age_s: float) -
 def _choose(
     folder: ModelFolder, keep: int, locks: contextlib.ExitStack, *, dry_run: bool
 ) -> tuple[list[int], list[int]]:
-    aliased = set(folder.state().aliases.values())
+    wanted = _wanted(folder.state())
     removed: list[int] = []
     leased: list[int] = []
     for version in folder.versions()[:-keep]:
-        if version in aliased:
+        if version in wanted:
             continue
         path = folder.leases / str(version)
         if dry_run and not path.exists():
@@ -85,12 +86,22 @@ def _choose(
     return removed, leased
 
 
+def _wanted(state: State) -> set[int | None]:
+    """Returns the versions that somebody needs, or may go back to."""
+    wanted: set[int | None] = {state.pin, *state.aliases.values()}
+    if state.rollout is not None:
+        wanted |= {state.rollout.version, state.rollout.previous}
+    return wanted | ({state.last.previous} if state.last is not None else set())
+
+
 def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitStack) -> list[Path]:
     if not versions:
         return []
     state = folder.state()
-    if max(versions) > state.collected:
-        folder.write_state(state, collected=max(versions))
+    rejected = {number: one for number, one in state.rejected.items() if number not in versions}
+    changed = replace(state, collected=max(state.collected, *versions), rejected=rejected)
+    if changed != state:
+        folder.write_state(state, changed)
     staging = folder.staging / uuid.uuid4().hex
     locks.callback(os.close, folder.make_staging(staging))
     for version in versions:

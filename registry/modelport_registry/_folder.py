@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -27,13 +26,13 @@ from modelport_registry._files import (
     replace_file,
     try_lock,
 )
-from modelport_registry._json import JSON, Fields, parse
+from modelport_registry._json import JSON, parse
 from modelport_registry._manifest import MANIFEST
-from modelport_registry._names import MAX_VERSION, check_model, parse_version
+from modelport_registry._names import check_model, parse_version
+from modelport_registry._state import read_state, state_json
 from modelport_registry._types import State
 
 MAX_STATE_BYTES = 1 << 20
-_KNOWN = {"format", "generation", "aliases", "collected"}
 
 
 class ModelFolder:
@@ -137,63 +136,43 @@ class ModelFolder:
             data = read_bounded(self._state, MAX_STATE_BYTES, IntegrityError)
         except (FileNotFoundError, NotADirectoryError):
             return State()
-        return _read_state(parse(data, f"the state of {self.model}"))
+        return read_state(parse(data, f"the state of {self.model}"))
 
-    def write_state(
-        self,
-        state: State,
-        *,
-        aliases: Mapping[str, int] | None = None,
-        collected: int | None = None,
-        expected_generation: int | None = None,
-    ) -> State:
-        """Writes the generation that follows ``state``, which the caller read under the lock.
+    def write_state(self, state: State, changed: State, *, expected_generation: int | None = None) -> State:
+        """Writes ``changed`` as the generation that follows ``state``, which the caller read under the lock.
 
         Raises:
             ConflictError: if ``state`` is not of the expected generation.
         """
-        if expected_generation is not None and state.generation != expected_generation:
-            raise ConflictError(
-                f"the state of {self.model} has generation {state.generation}, not {expected_generation}: "
-                "someone changed it; look again"
-            )
-        changed = replace(
-            state,
-            generation=state.generation + 1,
-            aliases=dict(sorted((state.aliases if aliases is None else aliases).items())),
-            collected=state.collected if collected is None else collected,
-        )
-        replace_file(self._state, self.path / ".state.json.tmp", _state_json(changed))
+        self.expect(state, expected_generation)
+        changed = replace(changed, generation=state.generation + 1, aliases=dict(sorted(changed.aliases.items())))
+        replace_file(self._state, self.path / ".state.json.tmp", state_json(changed))
         return changed
 
+    def expect(self, state: State, generation: int | None) -> None:
+        """Checks that nobody has changed the state since it had ``generation``; None is any.
+
+        Raises:
+            ConflictError: if somebody has.
+        """
+        if generation is not None and state.generation != generation:
+            raise ConflictError(
+                f"the state of {self.model} has generation {state.generation}, not {generation}: "
+                "someone changed it; look again"
+            )
+
     def record(
-        self, action: str, *, version: int | None, reason: str = "", details: Mapping[str, JSON] | None = None
+        self,
+        action: str,
+        *,
+        version: int | None,
+        reason: str = "",
+        details: Mapping[str, JSON] | None = None,
+        actor: str | None = None,
     ) -> None:
         """Adds a line to the journal."""
-        _journal.append(self.journal, action, version=version, reason=reason, details=details)
+        _journal.append(self.journal, action, version=version, reason=reason, details=details, actor=actor)
 
     def fsync(self) -> None:
         """Makes the names in the folder durable."""
         fsync_folder(self.path)
-
-
-def _read_state(fields: Fields) -> State:
-    if fields.integer("format", at_least=1) > 1:
-        raise IntegrityError("the state has a newer format: upgrade modelport")
-    aliases = fields.mapping("aliases", lambda child, name: child.integer(name, at_least=1))
-    collected = fields.integer("collected")
-    if max(collected, *aliases.values(), 0) > MAX_VERSION:
-        raise fields.wrong("aliases")
-    other = {name: fields.any(name) for name in fields.names() if name not in _KNOWN}
-    return State(fields.integer("generation"), aliases, collected, other)
-
-
-def _state_json(state: State) -> bytes:
-    document: dict[str, JSON] = {
-        **state.other,
-        "format": 1,
-        "generation": state.generation,
-        "aliases": state.aliases,
-        "collected": state.collected,
-    }
-    return json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"

@@ -30,13 +30,21 @@ def actor() -> str:
     return f"{user}@{os.uname().nodename}"
 
 
-def append(path: Path, action: str, *, version: int | None, reason: str, details: Mapping[str, JSON] | None) -> None:
+def append(
+    path: Path,
+    action: str,
+    *,
+    version: int | None,
+    reason: str,
+    details: Mapping[str, JSON] | None,
+    actor: str | None = None,
+) -> None:
     """Adds one line, through to the disk.
 
     Raises:
         RegistryError: if the line is too long, or holds something that JSON has not.
     """
-    line = _line(action, version, reason, details or {})
+    line = _line(action, version, reason, details or {}, actor)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -63,12 +71,12 @@ def read(path: Path) -> list[JournalEntry]:
     return entries
 
 
-def _line(action: str, version: int | None, reason: str, details: Mapping[str, JSON]) -> bytes:
+def _line(action: str, version: int | None, reason: str, details: Mapping[str, JSON], who: str | None) -> bytes:
     document: JSON = {
         "time": datetime.now(UTC).isoformat(),
         "action": action,
         "version": version,
-        "actor": actor(),
+        "actor": who or actor(),
         "reason": reason,
         "details": dict(details),
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from modelport.names import shown
 from modelport.tensors import DTYPES
-from modelport_registry import _golden, _journal, _saved_model
+from modelport_registry import _golden, _journal, _saved_model, transitions
 from modelport_registry._errors import AlreadyExistsError, InvalidModelError, RegistryError, storage_errors
 from modelport_registry._files import (
     Found,
@@ -254,8 +254,10 @@ def _settle(folder: ModelFolder, request: Request, manifest: Manifest) -> None:
         folder.record("publish", version=number, details={"bytes": manifest.size_bytes})
         if request.aliases:
             state = folder.state()
-            aliases = {**state.aliases, **dict.fromkeys(request.aliases, number)}
-            folder.write_state(state, aliases=aliases)
+            changed = state
+            for alias in request.aliases:
+                changed = transitions.point(changed, alias, number, datetime.now(UTC))
+            folder.write_state(state, changed)
             for alias in request.aliases:
                 folder.record("alias", version=number, details={"alias": alias})
 

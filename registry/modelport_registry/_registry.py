@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+import hashlib
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelport.names import is_valid_name, shown
-from modelport_registry import _collect, _journal, _lease, _verify
+from modelport_registry import _collect, _journal, _lease, _verify, transitions
 from modelport_registry._errors import IntegrityError, NotFoundError, RegistryError, storage_errors
 from modelport_registry._files import read_bounded
 from modelport_registry._folder import ModelFolder
 from modelport_registry._json import JSON
-from modelport_registry._manifest import GOLDEN, Lineage, Manifest
+from modelport_registry._manifest import GOLDEN, MANIFEST, Lineage, Manifest
 from modelport_registry._names import check_alias, check_version
+from modelport_registry._policy import RolloutPolicy, Strategy
 from modelport_registry._types import GarbageReport, Golden, JournalEntry, Published, State
+from modelport_registry.transitions import STABLE
 
 if TYPE_CHECKING:
     from modelport_registry._publish import Progress
-
-STABLE = "stable"
-"""The alias that is served where a caller names nothing."""
 
 
 class Registry:
@@ -172,24 +174,65 @@ class Registry:
         with storage_errors(f"can't read {model} version {version}"), _named(model, version):
             return _verify.verify(folder, version)
 
+    def change(
+        self,
+        model: str,
+        transition: Callable[[State], State],
+        *,
+        action: str,
+        version: int | None = None,
+        reason: str = "",
+        details: Mapping[str, JSON] | None = None,
+        expected_generation: int | None = None,
+        actor: str | None = None,
+    ) -> State:
+        """Changes a model's desired state under its lock and says so in the journal; returns the state after it.
+
+        Where ``transition`` changes nothing, nothing is written.
+
+        Args:
+            model: the model's name.
+            transition: returns the state that should follow; one of ``modelport_registry.transitions``.
+            action: what the journal calls it.
+            version: the version that it is about; the journal says its manifest's SHA-256, too.
+            reason: why, for the journal.
+            details: the numbers that it was based on, for the journal.
+            expected_generation: the generation that the caller has seen.
+            actor: who changes it; user and machine by default.
+
+        Raises:
+            ConflictError: if the state is not of the expected generation.
+            NotFoundError: if there is no such model.
+            RegistryError: if ``transition`` refuses.
+        """
+        folder = self._folder(model)
+        with storage_errors(f"can't change {model}"), folder.lock():
+            state = folder.state()
+            folder.expect(state, expected_generation)
+            wanted = transition(state)
+            if wanted == state:
+                return state
+            changed = folder.write_state(state, wanted)
+            more = {**_digest(folder, version), **(details or {})}
+            folder.record(action, version=version, reason=reason, details=more, actor=actor)
+            return changed
+
     def set_alias(self, model: str, alias: str, version: int, *, expected_generation: int | None = None) -> State:
-        """Points an alias at a version, and returns the state after it.
+        """Points an alias at a version, and returns the state after it; ``stable`` pins the version.
 
         Raises:
             NotFoundError: if there is no such version.
             ConflictError: if the state is not of the expected generation.
         """
         check_alias(alias)
-        folder = self._found(model, version)
-        with storage_errors(f"can't change {model}"), folder.lock():
-            if not folder.has(version):  # collected while we waited for the lock
-                raise self._missing(folder, version)
-            state = folder.state()
-            changed = folder.write_state(
-                state, aliases={**state.aliases, alias: version}, expected_generation=expected_generation
-            )
-            folder.record("alias", version=version, details={"alias": alias})
-            return changed
+        return self.change(
+            model,
+            lambda state: transitions.point(self._present(state, model, version), alias, version, _now()),
+            action="alias",
+            version=version,
+            details={"alias": alias},
+            expected_generation=expected_generation,
+        )
 
     def remove_alias(self, model: str, alias: str, *, expected_generation: int | None = None) -> State:
         """Removes an alias, and returns the state after it.
@@ -199,16 +242,242 @@ class Registry:
             ConflictError: if the state is not of the expected generation.
         """
         check_alias(alias)
+        version = self.state(model).aliases.get(alias)
+
+        def remove(state: State) -> State:
+            if alias not in state.aliases:
+                raise _no_alias(self._folder(model), alias, state)
+            return transitions.unpoint(state, alias)
+
+        return self.change(
+            model,
+            remove,
+            action="unalias",
+            version=version,
+            details={"alias": alias},
+            expected_generation=expected_generation,
+        )
+
+    def start_rollout(
+        self,
+        model: str,
+        version: int,
+        *,
+        strategy: Sequence[Strategy] | None = None,
+        reason: str = "",
+        actor: str | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
+        """Makes a version the candidate, by the policy's strategy or another.
+
+        Raises:
+            NotFoundError: if there is no such version.
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if it was rejected, is in charge, or another one is being rolled out.
+        """
+        return self.change(
+            model,
+            lambda state: transitions.start(
+                self._present(state, model, version),
+                version,
+                strategy=strategy,
+                rollout_id=uuid.uuid4().hex,
+                now=_now(),
+                actor=actor or _journal.actor(),
+                reason=reason,
+            ),
+            action="rollout started",
+            version=version,
+            reason=reason,
+            expected_generation=expected_generation,
+            actor=actor,
+        )
+
+    def approve(
+        self,
+        model: str,
+        version: int,
+        *,
+        strategy: Sequence[Strategy] | None = None,
+        reason: str = "",
+        actor: str | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
+        """Forgets that a version was rejected and makes it the candidate.
+
+        Raises:
+            NotFoundError: if there is no such version.
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if it was not rejected, or another one is being rolled out.
+        """
+        return self.change(
+            model,
+            lambda state: transitions.approve(
+                self._present(state, model, version),
+                version,
+                strategy=strategy,
+                rollout_id=uuid.uuid4().hex,
+                now=_now(),
+                actor=actor or _journal.actor(),
+                reason=reason,
+            ),
+            action="approved",
+            version=version,
+            reason=reason,
+            expected_generation=expected_generation,
+            actor=actor,
+        )
+
+    def pause_rollout(
+        self, model: str, *, reason: str = "", actor: str | None = None, expected_generation: int | None = None
+    ) -> State:
+        """Keeps the rollout under way in its step; it is still rolled back by itself.
+
+        Raises:
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if none is under way.
+        """
+        return self._steer(model, transitions.pause, "paused", reason, actor, expected_generation)
+
+    def resume_rollout(
+        self, model: str, *, reason: str = "", actor: str | None = None, expected_generation: int | None = None
+    ) -> State:
+        """Lets a rollout that was paused go on.
+
+        Raises:
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if none is under way.
+        """
+        return self._steer(model, transitions.resume, "resumed", reason, actor, expected_generation)
+
+    def promote(
+        self, model: str, *, reason: str = "", actor: str | None = None, expected_generation: int | None = None
+    ) -> State:
+        """Has the candidate take over without the steps that are left, once it has passed the gates.
+
+        Raises:
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if none is under way.
+        """
+        return self._steer(model, transitions.promote, "promoted", reason, actor, expected_generation)
+
+    def rollback(
+        self, model: str, *, reason: str = "", actor: str | None = None, expected_generation: int | None = None
+    ) -> State:
+        """Rejects the candidate, or without one the version in charge, and goes back to the one before.
+
+        Raises:
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if it is not known what to go back to.
+        """
+        who = actor or _journal.actor()
+        return self._steer(
+            model,
+            lambda state: transitions.rollback(state, reason, _now(), who),
+            "rolled back",
+            reason,
+            actor,
+            expected_generation,
+        )
+
+    def pin(
+        self,
+        model: str,
+        version: int | None = None,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
+        """Puts a version in charge, by default the one that is, and rolls nothing out until the pin is off.
+
+        Raises:
+            NotFoundError: if there is no such version.
+            ConflictError: if the state is not of the expected generation.
+            RegistryError: if it was rejected, or no version is in charge.
+        """
+        return self.change(
+            model,
+            lambda state: transitions.pin(self._present(state, model, version), version, _now()),
+            action="pinned",
+            version=version,
+            reason=reason,
+            expected_generation=expected_generation,
+            actor=actor,
+        )
+
+    def unpin(
+        self, model: str, *, reason: str = "", actor: str | None = None, expected_generation: int | None = None
+    ) -> State:
+        """Takes the pin off.
+
+        Raises:
+            ConflictError: if the state is not of the expected generation.
+        """
+        return self.change(
+            model,
+            transitions.unpin,
+            action="unpinned",
+            reason=reason,
+            expected_generation=expected_generation,
+            actor=actor,
+        )
+
+    def set_policy(
+        self,
+        model: str,
+        policy: RolloutPolicy,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
+        """Changes the rules of a model's rollouts; one under way keeps its plan.
+
+        Raises:
+            NotFoundError: if there is no such model.
+            ConflictError: if the state is not of the expected generation.
+        """
+        return self.change(
+            model,
+            lambda state: transitions.set_policy(state, policy),
+            action="policy",
+            reason=reason,
+            details={"policy": policy.to_json()},
+            expected_generation=expected_generation,
+            actor=actor,
+        )
+
+    def _steer(
+        self,
+        model: str,
+        transition: Callable[[State], State],
+        action: str,
+        reason: str,
+        actor: str | None,
+        expected_generation: int | None,
+    ) -> State:
+        """Changes what becomes of the rollout under way, or of the last one."""
+        state = self.state(model)
+        version = state.rollout.version if state.rollout is not None else state.aliases.get(STABLE)
+        return self.change(
+            model,
+            transition,
+            action=action,
+            version=version,
+            reason=reason,
+            expected_generation=expected_generation,
+            actor=actor,
+        )
+
+    def _present(self, state: State, model: str, version: int | None) -> State:
+        """Returns ``state`` if there is such a version; under the lock, so that it is not collected meanwhile."""
         folder = self._folder(model)
-        with storage_errors(f"can't change {model}"), folder.lock():
-            state = folder.state()
-            version = state.aliases.get(alias)
-            if version is None:
-                raise _no_alias(folder, alias, state)
-            aliases = {name: number for name, number in state.aliases.items() if name != alias}
-            changed = folder.write_state(state, aliases=aliases, expected_generation=expected_generation)
-            folder.record("unalias", version=version, details={"alias": alias})
-            return changed
+        if version is not None:
+            check_version(version)
+            if not folder.has(version):
+                raise self._missing(folder, version)
+        return state
 
     def journal(self, model: str) -> list[JournalEntry]:
         """Returns what was done to a model, oldest first."""
@@ -223,6 +492,7 @@ class Registry:
         version: int | None = None,
         reason: str = "",
         details: Mapping[str, JSON] | None = None,
+        actor: str | None = None,
     ) -> None:
         """Adds a line to a model's journal.
 
@@ -232,7 +502,7 @@ class Registry:
         folder = self._folder(model)
         with storage_errors(f"can't write the journal of {model}"):
             try:
-                folder.record(action, version=version, reason=reason, details=details)
+                folder.record(action, version=version, reason=reason, details=details, actor=actor)
             except (FileNotFoundError, NotADirectoryError) as exc:
                 raise self._missing(folder) from exc
 
@@ -314,6 +584,20 @@ class Registry:
         if not versions:
             return NotFoundError(f"there is no model {folder.model!r}")
         return NotFoundError(f"{folder.model} has no version {version}; the highest is {versions[-1]}")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _digest(folder: ModelFolder, version: int | None) -> dict[str, JSON]:
+    """Returns the SHA-256 of a version's manifest, which has that of every file."""
+    if version is None:
+        return {}
+    try:
+        return {"manifest_sha256": hashlib.sha256((folder.version(version) / MANIFEST).read_bytes()).hexdigest()}
+    except (FileNotFoundError, NotADirectoryError):  # deleted by hand
+        return {}
 
 
 def _no_alias(folder: ModelFolder, alias: str, state: State) -> NotFoundError:

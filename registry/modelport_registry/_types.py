@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from modelport_registry._json import JSON
 from modelport_registry._manifest import Manifest
+from modelport_registry._policy import RolloutPolicy
+from modelport_registry._rollout import Ended, Rejection, Rollout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +46,18 @@ class State:
     """Version numbers by alias."""
     collected: int = 0
     """The highest number that garbage collection removed: none up to it is given out again."""
+    pin: int | None = None
+    """The version that stays in charge whatever is published; None if versions are rolled out."""
+    rollout: Rollout | None = None
+    """The rollout under way."""
+    last: Ended | None = None
+    """How the last one ended."""
+    rejected: Mapping[int, Rejection] = field(default_factory=dict[int, Rejection])
+    """Versions that must not serve until they are approved by name."""
+    considered: int = 0
+    """The highest version that ever was a candidate."""
+    policy: RolloutPolicy = field(default_factory=RolloutPolicy)
+    """How versions come into service."""
     other: Mapping[str, JSON] = field(default_factory=dict[str, JSON], repr=False)
     """Fields that this code does not know, kept as they are."""
 

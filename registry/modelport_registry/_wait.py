@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from modelport.exceptions import RolloutError, RolloutTimeoutError, VersionRejectedError
-from modelport_registry._registry import STABLE, Registry
+from modelport_registry._registry import Registry
 from modelport_registry._types import State
+from modelport_registry.transitions import STABLE
 
 _POLL_INTERVAL_S = 0.2
 

@@ -1,0 +1,234 @@
+"""What may become of a model's desired state: pure functions from one state to the next.
+
+Each raises ``RegistryError`` with one clear line where it makes no sense, and returns the state it was
+given where there is nothing to change. ``Registry.change`` carries them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from modelport_registry._errors import RegistryError
+from modelport_registry._policy import RolloutPolicy, Strategy
+from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
+from modelport_registry._types import State
+
+STABLE = "stable"
+"""The alias of the version in charge."""
+
+PROMOTED, REJECTED, ROLLED_BACK, REPLACED = "promoted", "rejected", "rolled back", "replaced"
+
+
+def candidate(state: State, versions: Iterable[int]) -> int | None:
+    """Returns the version that should be rolled out by itself; None if there is none.
+
+    It is the highest that was not rejected, if it is above the stable version and no version as high
+    ever was a candidate. Without a stable version it is the highest that was not rejected.
+    """
+    under_way = state.rollout is not None and state.rollout.phase is not Phase.WATCH
+    if state.pin is not None or state.policy.manual or under_way:
+        return None
+    highest = max((number for number in versions if number not in state.rejected), default=None)
+    stable = state.aliases.get(STABLE)
+    if highest is None or (stable is not None and highest <= max(stable, state.considered)):
+        return None
+    return highest
+
+
+def start(
+    state: State,
+    version: int,
+    *,
+    strategy: Sequence[Strategy] | None = None,
+    rollout_id: str,
+    now: datetime,
+    actor: str,
+    reason: str = "",
+) -> State:
+    """Makes a version the candidate; one that is only being watched ends its rollout for it."""
+    stable = state.aliases.get(STABLE)
+    if version in state.rejected:
+        one = state.rejected[version]
+        raise RegistryError(
+            f"version {version} was rejected ({one.gate}: {one.reason}): approve it first, with "
+            "modelport rollout approve"
+        )
+    if version == stable:
+        raise RegistryError(f"version {version} is in charge already")
+    if state.pin is not None:
+        raise RegistryError(f"version {state.pin} is pinned: take the pin off first, with modelport pin --remove")
+    if state.rollout is not None and state.rollout.phase is not Phase.WATCH:
+        raise RegistryError(
+            f"version {state.rollout.version} is being rolled out: wait for its end, or roll it back first"
+        )
+    if state.rollout is not None:
+        state = complete(state, now)
+    rollout = Rollout(
+        id=rollout_id,
+        version=version,
+        previous=stable,
+        steps=state.policy.plan(strategy) if stable is not None else (),
+        started=now,
+        actor=actor,
+        reason=reason,
+    )
+    return replace(state, rollout=rollout, considered=max(state.considered, version))
+
+
+def advance(state: State) -> State:
+    """Takes the rollout to its next step, or makes the candidate stable after the last."""
+    rollout = _under_way(state)
+    if rollout.phase is Phase.WATCH:
+        raise RegistryError(f"version {rollout.version} is in charge already")
+    step = rollout.step + 1 if rollout.phase is Phase.STEP else 0
+    if step < len(rollout.steps):
+        return replace(state, rollout=replace(rollout, phase=Phase.STEP, step=step))
+    return _promoted(state, rollout)
+
+
+def _promoted(state: State, rollout: Rollout) -> State:
+    aliases = {**state.aliases, STABLE: rollout.version}
+    return replace(state, aliases=aliases, rollout=replace(rollout, phase=Phase.WATCH, step=0, paused=False))
+
+
+def promote(state: State) -> State:
+    """Drops the steps that are left: the candidate takes over once it has passed the gates."""
+    rollout = _under_way(state)
+    if rollout.phase is Phase.WATCH:
+        raise RegistryError(f"version {rollout.version} is in charge already")
+    if rollout.phase is Phase.STEP:
+        return _promoted(state, rollout)
+    return replace(state, rollout=replace(rollout, steps=(), paused=False))
+
+
+def complete(state: State, now: datetime) -> State:
+    """Ends the rollout of a version that is in charge."""
+    rollout = _under_way(state)
+    if rollout.phase is not Phase.WATCH:
+        raise RegistryError(f"version {rollout.version} is not in charge yet")
+    return replace(state, rollout=None, last=Ended(rollout.version, rollout.previous, PROMOTED, "", now))
+
+
+def reject(state: State, version: int, gate: str, reason: str, now: datetime, actor: str) -> State:
+    """Remembers that a version must not serve, ends its rollout, and puts its predecessor in charge again."""
+    if version in state.rejected:
+        return state
+    rollout, outcome = state.rollout, (REJECTED if _in_gates(state, version) else ROLLED_BACK)
+    stable, previous = state.aliases.get(STABLE), _predecessor(state, version)
+    changed = replace(state, rejected={**state.rejected, version: Rejection(gate, reason, now, actor)})
+    if stable == version:
+        aliases = {name: number for name, number in state.aliases.items() if name != STABLE}
+        if previous is not None and previous not in changed.rejected:
+            aliases[STABLE] = previous
+        changed = replace(changed, aliases=aliases)
+    if rollout is not None and rollout.version == version:
+        changed = replace(changed, rollout=None)
+    elif stable != version:
+        return changed
+    elif rollout is not None:  # there is nothing left to compare the candidate with
+        changed = replace(changed, rollout=replace(rollout, steps=(), phase=Phase.GATES, step=0))
+    return replace(changed, last=Ended(version, previous, outcome, f"{gate}: {reason}", now))
+
+
+def _in_gates(state: State, version: int) -> bool:
+    rollout = state.rollout
+    return rollout is not None and rollout.version == version and rollout.phase is Phase.GATES
+
+
+def _predecessor(state: State, version: int) -> int | None:
+    """Returns the version that was in charge before ``version`` took over or began to."""
+    if state.rollout is not None and state.rollout.version == version:
+        return state.rollout.previous
+    last = state.last
+    return last.previous if last is not None and (last.version, last.outcome) == (version, PROMOTED) else None
+
+
+def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
+    """Ends the rollout under way and rejects its candidate; without one, puts the stable version's predecessor back."""
+    if state.rollout is not None:
+        return reject(state, state.rollout.version, "rollback", reason or "somebody asked for it", now, actor)
+    stable = state.aliases.get(STABLE)
+    previous = _predecessor(state, stable) if stable is not None else None
+    if stable is None or previous is None:
+        raise RegistryError("nothing is being rolled out, and the version before is not known: use modelport alias")
+    if previous in state.rejected:
+        raise RegistryError(f"version {previous}, which was in charge before, is rejected: use modelport alias")
+    return reject(state, stable, "rollback", reason or "somebody asked for it", now, actor)
+
+
+def pause(state: State) -> State:
+    """Keeps the rollout in its step; it still rolls back by itself."""
+    return replace(state, rollout=replace(_under_way(state), paused=True))
+
+
+def resume(state: State) -> State:
+    """Lets a rollout go on."""
+    return replace(state, rollout=replace(_under_way(state), paused=False))
+
+
+def approve(
+    state: State,
+    version: int,
+    *,
+    strategy: Sequence[Strategy] | None = None,
+    rollout_id: str,
+    now: datetime,
+    actor: str,
+    reason: str = "",
+) -> State:
+    """Forgets that a version was rejected and starts a rollout of it."""
+    if version not in state.rejected and not state.policy.manual:
+        raise RegistryError(f"version {version} is not rejected: there is nothing to approve")
+    rejected = {number: one for number, one in state.rejected.items() if number != version}
+    approved = replace(state, rejected=rejected)
+    if version in (state.pin, state.aliases.get(STABLE)):
+        return approved
+    return start(approved, version, strategy=strategy, rollout_id=rollout_id, now=now, actor=actor, reason=reason)
+
+
+def pin(state: State, version: int | None, now: datetime) -> State:
+    """Puts a version in charge, the present one by default, and has nothing rolled out until the pin is off."""
+    number = state.aliases.get(STABLE) if version is None else version
+    if number is None:
+        raise RegistryError("no version is in charge yet: name the one to pin")
+    if number in state.rejected:
+        one = state.rejected[number]
+        raise RegistryError(f"version {number} was rejected ({one.gate}: {one.reason}): approve it first")
+    changed = replace(state, pin=number, aliases={**state.aliases, STABLE: number})
+    rollout = state.rollout
+    if rollout is None:
+        return changed
+    outcome = PROMOTED if rollout.phase is Phase.WATCH and rollout.version == number else REPLACED
+    ended = Ended(rollout.version, rollout.previous, outcome, f"version {number} was pinned", now)
+    return replace(changed, rollout=None, last=ended)
+
+
+def point(state: State, alias: str, version: int, now: datetime) -> State:
+    """Points an alias at a version; ``stable`` pins it, since who moves it by hand does not want to see it moved."""
+    if alias == STABLE:
+        return pin(state, version, now)
+    return replace(state, aliases={**state.aliases, alias: version})
+
+
+def unpoint(state: State, alias: str) -> State:
+    """Removes an alias; without ``stable`` there is no pin either."""
+    aliases = {name: number for name, number in state.aliases.items() if name != alias}
+    return replace(state, aliases=aliases, pin=None if alias == STABLE else state.pin)
+
+
+def unpin(state: State) -> State:
+    """Takes the pin off: versions are rolled out by themselves again."""
+    return replace(state, pin=None)
+
+
+def set_policy(state: State, policy: RolloutPolicy) -> State:
+    """Changes the rules; the plan of a rollout under way stays as it is."""
+    return replace(state, policy=policy)
+
+
+def _under_way(state: State) -> Rollout:
+    if state.rollout is None:
+        raise RegistryError("no rollout is under way")
+    return state.rollout
