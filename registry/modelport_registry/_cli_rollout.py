@@ -370,7 +370,7 @@ def _draw(found: RolloutInfo) -> None:
 
 
 def _document(found: RolloutInfo) -> dict[str, Any]:
-    document = _plain(found)
+    document: dict[str, Any] = _plain(found)
     return document | {"rejected": {str(number): _plain(r) for number, r in found.rejected.items()}}
 
 

@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from modelport.v1 import model_pb2, prediction_pb2
+from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
+from modelport_registry import Registry
 from modelport_server.errors import StartError
 from modelport_server.options import RpcOptions, ServerOptions
 from modelport_server.rollout.manager import RolloutManager
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
-from modelport_server.rpc import models, prediction
+from modelport_server.rpc import models, prediction, rollouts
 from modelport_server.rpc._grpc import new_server
 from modelport_server.rpc.health import Health
 
@@ -44,6 +45,9 @@ class Server:
         self._manager = RolloutManager(options, self._router, self._board)
         self._health = Health(self._board)
         self._models = models.ModelService(self._board)
+        self._rollouts = rollouts.RolloutService(
+            self._board, Registry(options.registry), allow_changes=options.changes_allowed
+        )
         self._prediction = prediction.PredictionService(self._router, options.rpc)
         self._grpc = new_server(channel_options(options.rpc), options.rpc.max_concurrent_calls)
         self._stop = asyncio.Event()
@@ -89,10 +93,12 @@ class Server:
 
         add_health: Any = health_pb2_grpc.add_HealthServicer_to_server
         add_health(self._health.servicer, self._grpc)
-        self._grpc.add_generic_rpc_handlers((self._prediction.handlers(), self._models.handlers()))
+        services = (self._prediction, self._models, self._rollouts)
+        self._grpc.add_generic_rpc_handlers(tuple(service.handlers() for service in services))
         names = [
             prediction_pb2.DESCRIPTOR.services_by_name["PredictionService"].full_name,
             model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+            rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name,
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         ]
@@ -137,6 +143,7 @@ class Server:
         await self._health.shut_down()
         await asyncio.sleep(options.lame_duck_s)
         self._models.drain()
+        self._rollouts.drain()
         self._prediction.drain()
         stopping = asyncio.get_running_loop().create_task(self._grpc.stop(options.grace_s))
         await asyncio.sleep(_HANDLER_START_S)  # what core has accepted by now gets its handler

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from modelport_server import _cli_verify
+
 _MIB = 1 << 20
 
 
 def register(app: typer.Typer) -> None:
     """Adds the server's commands."""
     app.command("serve", rich_help_panel="Serve")(serve)
+    _cli_verify.register(app)
 
 
 def serve(
@@ -39,6 +42,13 @@ def serve(
     pinned_stream_limit: Annotated[
         float, typer.Option(help="Seconds that streams may stay on a version that has been replaced.")
     ] = 600.0,
+    allow_control: Annotated[
+        bool,
+        typer.Option(
+            "--allow-control",
+            help="Let whoever reaches the port change rollouts, also where it is not this machine's alone.",
+        ),
+    ] = False,
     reuse_port: Annotated[bool, typer.Option(help="Let several servers share the port.")] = False,
     port_file: Annotated[Path | None, typer.Option(help="Write the port to this file once calls are taken.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
@@ -69,6 +79,7 @@ def serve(
         registry=registry.absolute(),
         models=tuple(model or ()),
         address=address,
+        allow_control=allow_control,
         grace_s=grace,
         lame_duck_s=lame_duck,
         batch=options.BatchLimits(max_batch_size=max_batch_size, max_enqueued_rows=max_enqueued_rows),

@@ -4,6 +4,7 @@ ServeError
 |-- InvalidCallError      the request is wrong; sending it again is of no use
 |-- UnknownNameError      no such model or version
 |-- NotLoadedError        it exists, but is not loaded
+|-- NotAllowedError       this server lets nobody do that
 |-- OverloadedError       the queue is full
 |-- TooLargeError         the answer does not fit into a message
 |-- StalledError          the caller does not read its answers
@@ -35,6 +36,10 @@ class UnknownNameError(ServeError):
 
 class NotLoadedError(ServeError):
     """The request names something that exists and is not loaded."""
+
+
+class NotAllowedError(ServeError):
+    """This server lets nobody do what the request asks for."""
 
 
 class OverloadedError(ServeError):

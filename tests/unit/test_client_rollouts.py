@@ -201,7 +201,7 @@ async def test_waiting_ends_when_the_version_is_in_charge() -> None:
             pb.RolloutStatus(rejected=[pb.RejectedVersion(version=2, gate="rollback", reason="slower")]), "IMMEDIATE",
             "m version 2 was rolled back: slower",
         ),
-        (pb.RolloutStatus(pinned_version=1), "IMMEDIATE", "version 1 is pinned; take the pin off: modelport pin m --rem"),
+        (pb.RolloutStatus(pinned_version=1), "IMMEDIATE", "is pinned; take the pin off: modelport pin m --remove"),
         (pb.RolloutStatus(), "MANUAL", "the model's policy is manual; start it"),
         (pb.RolloutStatus(rollout=pb.Rollout(version=3)), "IMMEDIATE", "was replaced by version 3"),
         (pb.RolloutStatus(stable_version=4), "IMMEDIATE", "was passed over: version 4 is in charge"),

@@ -35,6 +35,10 @@ class Context(Protocol):
         """Has ``callback`` called once the call has ended, its answer sent."""
         ...
 
+    def peer(self) -> str:
+        """Returns who calls, as gRPC names it: ``ipv4:ADDRESS:PORT``, ``ipv6:[ADDRESS]:PORT`` or ``unix:``."""
+        ...
+
     def time_remaining(self) -> float | None:
         """Returns the seconds until the call's deadline; None if it has none."""
         ...

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
-from google.protobuf.message import DecodeError, Message
-
-from modelport.names import is_valid_name, shown
 from modelport.tensors import DTYPES
 from modelport.v1 import model_pb2, tensor_pb2
 from modelport_registry import TensorSpec
-from modelport_server.errors import InvalidCallError, ServeError, UnknownNameError
+from modelport_server.errors import ServeError, UnknownNameError
 from modelport_server.once import Signal
 from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
 from modelport_server.rpc._grpc import Context, generic_handler
+from modelport_server.rpc._requests import check_name, first_of, parse
 from modelport_server.rpc.status import abort, guarded
 
 SERVICE = "modelport.v1.ModelService"
-_Message = TypeVar("_Message", bound=Message)
 
 
 class ModelService:
@@ -44,7 +41,7 @@ class ModelService:
 
     async def _list_models(self, raw: bytes, context: Context) -> bytes | None:
         async def work() -> bytes:
-            _parse(model_pb2.ListModelsRequest, raw)
+            parse(model_pb2.ListModelsRequest, raw)
             models = [_model(status) for status in self._board.models()]
             return model_pb2.ListModelsResponse(models=models).SerializeToString()
 
@@ -52,16 +49,16 @@ class ModelService:
 
     async def _get_model(self, raw: bytes, context: Context) -> bytes | None:
         async def work() -> bytes:
-            request = _parse(model_pb2.GetModelRequest, raw)
+            request = parse(model_pb2.GetModelRequest, raw)
             return model_pb2.GetModelResponse(model=_model(self._find(request.model))).SerializeToString()
 
         return await guarded(context, work)
 
     async def _watch_models(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
         try:
-            wanted = _parse(model_pb2.WatchModelsRequest, raw).model
+            wanted = parse(model_pb2.WatchModelsRequest, raw).model
             if wanted:
-                _check_name(wanted)
+                check_name(wanted)
         except ServeError as error:
             await abort(context, error)
             return
@@ -76,37 +73,16 @@ class ModelService:
                     if wanted in ("", name) and (status is not None or told):
                         yield _watch_response(name, status).SerializeToString()
                 told = True
-                await _first_of(drained.wait(), self._board.wait(edition))
+                await first_of(drained.wait(), self._board.wait(edition))
         finally:
             unsubscribe()
 
     def _find(self, name: str) -> ModelStatus:
         status = self._board.model(name)
         if status is None:
-            _check_name(name)
+            check_name(name)
             raise UnknownNameError(f"no model {name!r} is served here")
         return status
-
-
-async def _first_of(*events: Coroutine[Any, Any, object]) -> None:
-    tasks = [asyncio.ensure_future(event) for event in events]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _parse(kind: type[_Message], raw: bytes) -> _Message:
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise InvalidCallError(f"the message is not a {kind.DESCRIPTOR.full_name}") from None
-
-
-def _check_name(name: str) -> None:
-    if not is_valid_name(name):
-        raise InvalidCallError(f"{shown(name)} is not a legal model name: use [a-z0-9][a-z0-9_-]{{0,63}}")
 
 
 def _watch_response(name: str, status: ModelStatus | None) -> model_pb2.WatchModelsResponse:

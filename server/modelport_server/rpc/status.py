@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import NoReturn
 import grpc
 import grpc.aio
 
+from modelport_registry import ConflictError, NotFoundError, RegistryError
 from modelport_server import errors
 from modelport_server.errors import CallerGoneError
 from modelport_server.rpc._grpc import Context
@@ -24,6 +26,7 @@ _CODES: dict[type[errors.ServeError], grpc.StatusCode] = {
     errors.InvalidCallError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownNameError: grpc.StatusCode.NOT_FOUND,
     errors.NotLoadedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NotAllowedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StalledError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.CallerGoneError: grpc.StatusCode.CANCELLED,
@@ -32,6 +35,12 @@ _CODES: dict[type[errors.ServeError], grpc.StatusCode] = {
     errors.EngineDiedError: grpc.StatusCode.UNAVAILABLE,
     errors.ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.ModelFailureError: grpc.StatusCode.INTERNAL,
+}
+
+
+_REGISTRY_CODES: dict[type[RegistryError], grpc.StatusCode] = {
+    NotFoundError: grpc.StatusCode.NOT_FOUND,
+    ConflictError: grpc.StatusCode.ABORTED,
 }
 
 
@@ -57,9 +66,21 @@ def status_of(error: BaseException) -> Status:
             code = grpc.StatusCode.INVALID_ARGUMENT
         retry_ms = max(1, round(error.retry_after_s * 1000)) if error.retry_after_s is not None else 0
         return Status(code, _cut(str(error)), retry_ms)
+    if isinstance(error, RegistryError):
+        return _registry_status(error)
     number = uuid.uuid4().hex[:12]
     _log.error("internal error %s", number, exc_info=error)
     return Status(grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log says more")
+
+
+def _registry_status(error: RegistryError) -> Status:
+    cause = error.__cause__
+    if isinstance(cause, OSError):  # its text names paths of this machine
+        _log.warning("the registry failed: %s", error)
+        reason = os.strerror(cause.errno) if cause.errno else type(cause).__name__
+        return Status(grpc.StatusCode.INTERNAL, f"the server can't use its registry: {reason}; its log says more")
+    code = _REGISTRY_CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)
+    return Status(code, _cut(str(error)))
 
 
 def _cut(text: str) -> str:
