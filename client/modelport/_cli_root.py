@@ -11,7 +11,7 @@ from modelport.exceptions import ModelportError
 
 _COMMANDS = "modelport.commands"
 _ORDER = ("trainer", "registry", "server", "client")
-_BROUGHT_BY = {"train": "trainer", "evaluate": "trainer", "demo": "trainer", "serve": "server"}
+_BROUGHT_BY = {"train": "trainer", "evaluate": "trainer", "demo": "trainer", "serve": "server", "verify": "server"}
 
 
 def _show_version(value: bool) -> None:

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
         ("publish", publish),
         ("models", models),
         ("show", show),
-        ("verify", verify),
+        ("check", check),
         ("alias", alias),
         ("gc", collect_garbage),
         ("journal", journal),
@@ -217,7 +217,7 @@ def show(
     table.print()
 
 
-def verify(
+def check(
     model: ModelArgument,
     version: VersionArgument = None,
     registry: RegistryOption = _DEFAULT_ROOT,
@@ -225,13 +225,14 @@ def verify(
 ) -> None:
     """Check every byte of a version, or of all versions, against what was published.
 
-    Ends with 1 if anything was changed, added, removed or linked.
+    Ends with 1 if anything was changed, added, removed or linked. `modelport verify`
+    also loads a version and tries it out.
 
     Examples:
 
-        modelport verify mnist
+        modelport check mnist
 
-        modelport verify mnist 3 --json
+        modelport check mnist 3 --json
     """
     from modelport_registry import Registry
 

@@ -20,6 +20,7 @@ from modelport_server.engines.protocol import Array
 from modelport_server.engines.spawner import Spawner
 from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError
 from modelport_server.gates.result import GateResult
+from modelport_server.gates.speed import Probe
 from modelport_server.once import Signal
 from modelport_server.options import BatchLimits, EngineLimits
 from modelport_server.rollout.observation import Observer
@@ -47,17 +48,6 @@ class ServedSignature:
 
     spec: SignatureSpec
     batched: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one batch cost that ran by itself."""
-
-    engine_time_us: int
-    """How long it ran."""
-    cpu_time_us: int
-    """The processor time that the engine process spent meanwhile, over all its threads."""
-    rows: int
 
 
 class Servable:

@@ -89,7 +89,9 @@ def help_modules(arguments: Sequence[str]) -> set[str]:
     return loaded(run(code + PRINT_MODULES, *arguments))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["serve", "--help"], ["predict", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["serve", "--help"], ["verify", "--help"], ["predict", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert help_modules(arguments) & HEAVY == set()
 
@@ -97,7 +99,19 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 def test_help_names_the_commands_of_every_room() -> None:
     shown = subprocess.run([sys.executable, "-m", "modelport", "--help"], capture_output=True, text=True, check=True)
     names = set(re.findall(r"^\W*([a-z]+)  ", shown.stdout, re.MULTILINE))
-    assert {"train", "evaluate", "publish", "models", "show", "verify", "alias", "gc", "serve", "predict"} <= names
+    assert {
+        "train",
+        "evaluate",
+        "publish",
+        "models",
+        "show",
+        "check",
+        "verify",
+        "alias",
+        "gc",
+        "serve",
+        "predict",
+    } <= names
 
 
 def test_importing_the_sdk_and_the_registry_needs_no_extra() -> None:

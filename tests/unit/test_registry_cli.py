@@ -165,19 +165,19 @@ def test_one_damaged_model_does_not_hide_the_others(run: Run, registry: Registry
 def test_verify(run: Run, registry: Registry, model: Path) -> None:
     for _ in range(2):
         registry.publish(MODEL, model)
-    assert run("verify", MODEL).exit_code == 0
+    assert run("check", MODEL).exit_code == 0
     (registry.path(MODEL, 1) / "extra").write_text("")
-    result = run("verify", MODEL)
+    result = run("check", MODEL)
     assert result.exit_code == 1
     assert result.stderr == "error: digits version 1: 'extra' was not published\n"
     assert "version 2 is as it was published" in result.stdout
-    result = run("verify", MODEL, "--json")
+    result = run("check", MODEL, "--json")
     assert result.exit_code == 1
     said = json.loads(result.stdout)
     assert (said["ok"], [row["ok"] for row in said["versions"]]) == (False, [False, True])
-    assert run("verify", MODEL, "2").exit_code == 0
-    assert run("verify", MODEL, "1").exit_code == 1
-    assert "no model" in mistake(run("verify", "other"))
+    assert run("check", MODEL, "2").exit_code == 0
+    assert run("check", MODEL, "1").exit_code == 1
+    assert "no model" in mistake(run("check", "other"))
 
 
 def test_alias(run: Run, registry: Registry, model: Path) -> None:
@@ -208,7 +208,7 @@ def test_gc(run: Run, registry: Registry, model: Path) -> None:
     assert "at least 1" in mistake(run("gc", "--keep", "0"))
 
 
-@pytest.mark.parametrize("command", ["publish", "models", "show", "verify", "alias", "gc", "journal"])
+@pytest.mark.parametrize("command", ["publish", "models", "show", "check", "alias", "gc", "journal"])
 def test_every_command_has_examples(run: Run, command: str) -> None:
     said = run(command, "--help").stdout
     assert f"modelport {command}" in said

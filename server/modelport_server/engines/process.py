@@ -62,11 +62,19 @@ class EngineProcess:
         limits: bounds of time and memory.
         on_state: told ``verifying``, ``loading`` and ``warming`` as they begin.
         spawner: forks the process, if it can; without one it is started by itself.
+        on_gate: told each gate as it begins.
     """
 
-    def __init__(self, limits: EngineLimits, on_state: Callable[[str], None], spawner: Spawner | None = None) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        on_state: Callable[[str], None],
+        spawner: Spawner | None = None,
+        on_gate: Callable[[str], object] = lambda gate: None,
+    ) -> None:
         self._limits = limits
         self._on_state = on_state
+        self._on_gate = on_gate
         self._spawner = spawner
         self._process: Child | None = None
         self._channel: socket.socket | None = None
@@ -223,6 +231,8 @@ class EngineProcess:
 
     def _begin(self, gate: str) -> None:
         """Times the gate until the next one begins."""
+        if gate != self._gate or not self._gate_began:
+            self._on_gate(gate)
         self._gate, self._gate_began = gate, monotonic()
         self._stop_timer()
         limit_s = _limit_s(self._limits, gate)

@@ -1,0 +1,123 @@
+"""All gates without a server: for ``modelport verify``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from time import monotonic
+
+from modelport.tensors import array_bytes, dtype_of
+from modelport_registry import Manifest, Registry
+from modelport_server.batching.calls import Answer, Batch, Call, Part
+from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
+from modelport_server.gates.result import SPEED, GateResult, Outcome
+from modelport_server.gates.speed import Inputs, Probe, compare_speed, probe_sizes, shared_examples
+from modelport_server.options import EngineLimits
+from modelport_server.signatures import arrange, is_batchable
+from modelport_server.tensors import RawTensor
+
+OnGate = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineCheck:
+    """Puts one version through all gates, as a server would, by the rules of its model."""
+
+    registry: Registry
+    model: str
+    version: int
+    against: int | None
+    """The version that it is compared with, as the one in charge; None without one."""
+    largest: int
+    """The largest batch, in rows."""
+    limits: EngineLimits
+    on_gate: OnGate
+    """Told each gate as it begins."""
+
+    async def run(self) -> tuple[GateResult, ...]:
+        """Returns what each gate found, in order, up to the first that failed.
+
+        Raises:
+            modelport.exceptions.ModelportError: if there is no such version, or it can't be read now.
+        """
+        policy = self.registry.state(self.model).policy
+        baseline = None if self.against is None else self.registry.manifest(self.model, self.against).signatures
+        order = LoadOrder(
+            self.registry.root,
+            self.model,
+            self.version,
+            self.largest,
+            policy.allow_ops,
+            baseline,
+            policy.allow_signature_changes,
+        )
+        try:
+            async with self._loaded(order, self.on_gate) as candidate:
+                self.on_gate(SPEED)
+                return (*candidate.loaded.gates, await self._speed(order, candidate, policy.max_speed_ratio))
+        except RejectedError as error:
+            return error.gates
+
+    @contextlib.asynccontextmanager
+    async def _loaded(self, order: LoadOrder, on_gate: OnGate) -> AsyncGenerator[_LoadedVersion]:
+        engine = EngineProcess(self.limits, lambda state: None, on_gate=on_gate)
+        try:
+            loaded = await engine.load(order)
+            yield _LoadedVersion(engine, loaded, self.registry.manifest(order.model, order.version))
+        finally:
+            await engine.stop()
+
+    async def _speed(self, order: LoadOrder, candidate: _LoadedVersion, max_ratio: float) -> GateResult:
+        if self.against is None:
+            return await compare_speed(None, candidate, {}, batched=(), sizes=(), max_ratio=max_ratio)
+        started = monotonic()
+        stable_order = replace(order, version=self.against, baseline=None)
+        try:
+            async with self._loaded(stable_order, lambda gate: None) as stable:
+                return await self._compare(stable, candidate, max_ratio)
+        except (RejectedError, UnreadableError) as error:
+            why = f"version {self.against} can't be loaded to compare with: {error}"
+            return GateResult(SPEED, Outcome.SKIPPED, monotonic() - started, {}, why)
+
+    async def _compare(self, stable: _LoadedVersion, candidate: _LoadedVersion, max_ratio: float) -> GateResult:
+        golden = self.registry.golden(self.model, self.version)
+        return await compare_speed(
+            stable,
+            candidate,
+            shared_examples(golden, stable.manifest.signatures, candidate.manifest.signatures),
+            batched=stable.batched & candidate.batched,
+            sizes=probe_sizes(self.largest),
+            max_ratio=max_ratio,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedVersion:
+    """A version in an engine process that nobody else uses."""
+
+    engine: EngineProcess
+    loaded: Loaded
+    manifest: Manifest
+
+    @property
+    def batched(self) -> frozenset[str]:
+        """The signatures whose rows run together."""
+        specs = self.manifest.signatures
+        return frozenset(name for name, spec in specs.items() if is_batchable(spec)) - {*self.loaded.dependent}
+
+    async def probe(self, signature: str, inputs: Inputs) -> Probe:
+        """Runs one batch by itself.
+
+        Raises:
+            ServeError: if it can't be run.
+        """
+        tensors = [RawTensor(n, dtype_of(a), a.shape, array_bytes(a, dtype_of(a))) for n, a in inputs.items()]
+        arranged = arrange(self.manifest.signatures[signature], tensors)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        call = Call(signature, (signature,), arranged, 1, splittable=False, future=future)
+        output = await self.engine.run(Batch(signature, [Part(call, 0, 1)]))
+        output.release()
+        rows = arranged[0].shape[0] if signature in self.batched else 1
+        return Probe(output.engine_time_us, output.cpu_time_us, rows)
