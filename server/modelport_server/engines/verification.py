@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,13 +126,12 @@ def _difference(expected: Array, actual: Array, example: Golden) -> tuple[str, f
         return _exact_difference(expected, actual)
     left, right = _numbers(expected), _numbers(actual)
     finite = np.isfinite(left) & np.isfinite(right)
-    off = np.zeros(left.shape)
-    np.subtract(right, left, out=off, where=finite)
-    np.abs(off, out=off)
     # Apart from the tolerances, which are finite and yet may be so large that they would take in anything.
     odd = ~finite & ~((left == right) | (np.isnan(left) & np.isnan(right)))
+    left, right = np.where(finite, left, 0.0), np.where(finite, right, 0.0)
     with np.errstate(over="ignore"):
-        bad = (finite & (off > example.atol + example.rtol * np.abs(np.where(finite, left, 0.0)))) | odd
+        off = np.minimum(np.abs(right - left), sys.float_info.max)  # a number, because JSON has no infinity
+        bad = odd | (off > example.atol + example.rtol * np.abs(left))
     largest = float(off.max(initial=0.0))
     if not bad.any():
         return "", largest
