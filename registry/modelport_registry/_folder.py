@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Generator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modelport_registry import _journal
-from modelport_registry._errors import ConflictError, IntegrityError, NotFoundError
+from modelport_registry._errors import ConflictError, IntegrityError, NotFoundError, RegistryError
 from modelport_registry._files import (
     fsync_folder,
     locked,
@@ -27,12 +28,29 @@ from modelport_registry._files import (
     try_lock,
 )
 from modelport_registry._json import JSON, parse
-from modelport_registry._manifest import MANIFEST
+from modelport_registry._manifest import MANIFEST, MAX_MANIFEST_BYTES
 from modelport_registry._names import check_model, parse_version
 from modelport_registry._state import read_state, state_json
 from modelport_registry._types import State
+from modelport_registry.transitions import STABLE
 
-MAX_STATE_BYTES = 1 << 20
+MAX_STATE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What the journal says of a change of the desired state."""
+
+    action: str
+    """What is done."""
+    version: int | None
+    """What it is done to."""
+    reason: str = ""
+    """Why."""
+    details: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
+    """The numbers that it rests on."""
+    actor: str | None = None
+    """Who does it; user and machine by default."""
 
 
 class ModelFolder:
@@ -138,15 +156,16 @@ class ModelFolder:
             return State()
         return read_state(parse(data, f"the state of {self.model}"))
 
-    def write_state(self, state: State, changed: State, *, expected_generation: int | None = None) -> State:
-        """Writes ``changed`` as the generation that follows ``state``, which the caller read under the lock.
-
-        Raises:
-            ConflictError: if ``state`` is not of the expected generation.
-        """
-        self.expect(state, expected_generation)
+    def write_state(self, state: State, changed: State) -> State:
+        """Writes ``changed`` as the generation that follows ``state``, which the caller read under the lock."""
         changed = replace(changed, generation=state.generation + 1, aliases=dict(sorted(changed.aliases.items())))
-        replace_file(self._state, self.path / ".state.json.tmp", state_json(changed))
+        text = state_json(changed)
+        if len(text) > MAX_STATE_BYTES:
+            raise RegistryError(
+                f"the state of {self.model} would take more than {MAX_STATE_BYTES >> 20} MiB: "
+                "remove old versions with modelport gc"
+            )
+        replace_file(self._state, self.path / ".state.json.tmp", text)
         return changed
 
     def expect(self, state: State, generation: int | None) -> None:
@@ -172,6 +191,36 @@ class ModelFolder:
     ) -> None:
         """Adds a line to the journal."""
         _journal.append(self.journal, action, version=version, reason=reason, details=details, actor=actor)
+
+    def change(self, state: State, wanted: State, change: Change) -> State:
+        """Says in the journal what is done and writes ``wanted``; the caller read ``state`` under the lock.
+
+        The journal comes first: no change goes unsaid, and what was said in vain is left out when it is read.
+        """
+        details: dict[str, JSON] = {_journal.GENERATION: state.generation + 1}
+        if change.version is not None and (digest := self.digest(change.version)) is not None:
+            details["manifest_sha256"] = digest
+        before, after = state.aliases.get(STABLE), wanted.aliases.get(STABLE)
+        if before != after:
+            details["stable"] = {"before": before, "after": after}
+        _journal.append(
+            self.journal,
+            change.action,
+            version=change.version,
+            reason=change.reason,
+            details={**change.details, **details},
+            actor=change.actor,
+            fit=True,
+        )
+        return self.write_state(state, wanted)
+
+    def digest(self, version: int) -> str | None:
+        """Returns the SHA-256 of a version's manifest, which has that of every file; None if there is none."""
+        try:
+            data = read_bounded(self.version(version) / MANIFEST, MAX_MANIFEST_BYTES, IntegrityError)
+        except (FileNotFoundError, NotADirectoryError, IntegrityError):
+            return None
+        return hashlib.sha256(data).hexdigest()
 
     def fsync(self) -> None:
         """Makes the names in the folder durable."""

@@ -17,6 +17,11 @@ from modelport_registry._manifest import read_time
 from modelport_registry._types import JournalEntry
 
 MAX_LINE_BYTES = 64 << 10
+GENERATION = "new_generation"
+"""The detail that announces a change of the desired state: the generation that it makes."""
+_MAX_DETAILS_BYTES = 48 << 10
+_MAX_REASON = 1000
+"""Characters of a reason where a line has to fit: each may take 6 bytes, or 12."""
 MAX_READ_BYTES = 64 << 20
 """A longer journal is read from its end."""
 
@@ -38,12 +43,24 @@ def append(
     reason: str,
     details: Mapping[str, JSON] | None,
     actor: str | None = None,
+    fit: bool = False,
 ) -> None:
     """Adds one line, through to the disk.
+
+    Args:
+        path: the journal.
+        action: what is done.
+        version: what it is done to.
+        reason: why.
+        details: anything else.
+        actor: who does it; user and machine by default.
+        fit: leave out the largest details of a line that is too long.
 
     Raises:
         RegistryError: if the line is too long, or holds something that JSON has not.
     """
+    if fit:
+        reason, details = _fitting(reason, details or {})
     line = _line(action, version, reason, details or {}, actor)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -68,11 +85,41 @@ def read(path: Path) -> list[JournalEntry]:
             entries.append(_entry(parse(line, "the journal")))
         except IntegrityError:
             continue
-    return entries
+    return _in_effect(entries)
+
+
+def _in_effect(entries: list[JournalEntry]) -> list[JournalEntry]:
+    """Returns the entries without changes that never were: whoever announced one died, and another made the same."""
+    kept: list[JournalEntry] = []
+    following: JSON = None
+    for entry in reversed(entries):
+        generation = entry.details.get(GENERATION)
+        if generation is None or generation != following:
+            kept.append(entry)
+        following = following if generation is None else generation
+    return kept[::-1]
+
+
+def _fitting(reason: str, details: Mapping[str, JSON]) -> tuple[str, Mapping[str, JSON]]:
+    """Returns as much as a line has room for: a decision must not fail because there is too much to say of it."""
+    kept = dict(details)
+    while len(_dumped(kept)) > _MAX_DETAILS_BYTES:
+        largest = max(kept, key=lambda name: len(_dumped(kept[name])))
+        kept[largest] = None
+        if all(value is None for value in kept.values()):
+            return reason[:_MAX_REASON], {}
+    return reason[:_MAX_REASON], kept
+
+
+def _dumped(value: JSON) -> bytes:
+    try:
+        return json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError) as exc:
+        raise RegistryError(f"the journal's details must be JSON: {exc}") from exc
 
 
 def _line(action: str, version: int | None, reason: str, details: Mapping[str, JSON], who: str | None) -> bytes:
-    document: JSON = {
+    document: dict[str, JSON] = {
         "time": datetime.now(UTC).isoformat(),
         "action": action,
         "version": version,
@@ -80,10 +127,7 @@ def _line(action: str, version: int | None, reason: str, details: Mapping[str, J
         "reason": reason,
         "details": dict(details),
     }
-    try:
-        line = json.dumps(document, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as exc:
-        raise RegistryError(f"the journal's details must be JSON: {exc}") from exc
+    line = _dumped(document) + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise RegistryError(f"a journal line takes at most {MAX_LINE_BYTES} bytes, this has {len(line)}")
     return line

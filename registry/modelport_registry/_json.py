@@ -74,6 +74,13 @@ class Fields:
             raise self.wrong(key)
         return number
 
+    def flag(self, key: str) -> bool:
+        """Returns whether it is so at ``key``."""
+        value = self._fields.get(key)
+        if not isinstance(value, bool):
+            raise self.wrong(key)
+        return value
+
     def text(self, key: str) -> str:
         """Returns the text at ``key``."""
         value = self._fields.get(key)

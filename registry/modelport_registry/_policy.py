@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import cast
+from typing import Any, cast
 
 from modelport.names import shown
 from modelport_registry._errors import RegistryError
-from modelport_registry._json import JSON
+from modelport_registry._json import JSON, Fields
 
 _MAX_SECONDS = 30 * 86_400.0
 _MAX_STEPS = 100
@@ -53,9 +52,9 @@ class Step:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise RegistryError(f"a step's share must be above 0% and at most 100%, not {self.share:%}")
+            raise RegistryError(f"a step's share must be above 0% and at most 100%, not {_percent(self.share)}")
         if not 0 <= self.bake_s <= _MAX_SECONDS:
-            raise RegistryError(f"a step must last 0 s to 30 days, not {self.bake_s:g} s")
+            raise RegistryError(f"a step must last 0 s to 30 days, not {_shown_number(self.bake_s)} s")
 
     def to_json(self) -> dict[str, JSON]:
         """Returns it as it is written."""
@@ -88,8 +87,8 @@ class RolloutPolicy:
     """How long the predecessor stays loaded after that, in seconds. Default 300."""
     min_calls: int = 100
     """How many calls the candidate must have answered in a step before it goes on. Default 100."""
-    max_error_increase: float = 0.01
-    """How much larger the candidate's share of failed calls may be, absolute. Default 0.01."""
+    max_error_increase: float = 0.002
+    """How much larger the candidate's share of failed calls may be, absolute. Default 0.002."""
     max_latency_ratio: float = 1.5
     """How much longer the candidate may take in the bake. Default 1.5."""
     max_speed_ratio: float = 2.0
@@ -102,16 +101,15 @@ class RolloutPolicy:
     """Whether a candidate's signatures may break callers of the stable version. Default no."""
 
     def __post_init__(self) -> None:
-        if not self.strategy or len(set(self.strategy)) != len(self.strategy):
-            raise RegistryError("a strategy is immediate, canary, shadow or manual, or some of them joined by '+'")
-        if Strategy.IMMEDIATE in self.strategy and len(set(self.strategy) - {Strategy.MANUAL}) > 1:
-            raise RegistryError("the strategy immediate goes with no other but manual")
+        _check_strategy(self.strategy)
         if not 0 < len(self.canary_steps) <= _MAX_STEPS:
-            raise RegistryError(f"a canary has 1 to {_MAX_STEPS} steps")
+            raise RegistryError(f"canary_steps must be 1 to {_MAX_STEPS}, not {len(self.canary_steps)}")
+        if any(step.kind is not StepKind.CANARY for step in self.canary_steps):
+            raise RegistryError("canary_steps must be of the kind canary; a shadow has shadow_share and shadow_bake_s")
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not low <= value <= high or not math.isfinite(value):
-                raise RegistryError(f"{name} must be in {low:g} .. {high:g}, not {value:g}")
+            if not low <= value <= high:  # neither is nan
+                raise RegistryError(f"{name} must be in {low:g} .. {high:g}, not {_shown_number(value)}")
 
     @property
     def manual(self) -> bool:
@@ -119,9 +117,15 @@ class RolloutPolicy:
         return Strategy.MANUAL in self.strategy
 
     def plan(self, strategy: Sequence[Strategy] | None = None) -> tuple[Step, ...]:
-        """Returns the steps of ``strategy``, the policy's own by default."""
+        """Returns the steps of ``strategy``, the policy's own by default.
+
+        Raises:
+            RegistryError: if its parts do not go together.
+        """
+        chosen = self.strategy if strategy is None else strategy
+        _check_strategy(chosen)
         steps: list[Step] = []
-        for one in self.strategy if strategy is None else strategy:
+        for one in chosen:
             if one is Strategy.SHADOW:
                 steps.append(Step(StepKind.SHADOW, self.shadow_share, self.shadow_bake_s))
             elif one is Strategy.CANARY:
@@ -145,8 +149,8 @@ class RolloutPolicy:
         Raises:
             RegistryError: naming the field that can't be read.
         """
-        known = {one.name for one in fields(cls)}
-        return cls(**{name: _read(name, value) for name, value in document.items() if name in known})  # type: ignore[arg-type]
+        source = Fields("the policy", document)
+        return cls(**{name: read(source, name) for name, read in _READERS.items() if source.has(name)})
 
 
 _RANGES = (
@@ -171,42 +175,53 @@ def _plain(value: object) -> JSON:
     return value.value if isinstance(value, StrEnum) else cast("JSON", value)
 
 
-def _read(name: str, value: JSON) -> object:
-    default = getattr(RolloutPolicy(), name)
-    wrong = RegistryError(f"the policy's {name} can't be {shown(str(value))}")
+def _check_strategy(strategy: Sequence[Strategy]) -> None:
+    if not strategy or len(set(strategy)) != len(strategy):
+        raise RegistryError("a strategy is immediate, canary, shadow or manual, or some of them joined by '+'")
+    if Strategy.IMMEDIATE in strategy and len(set(strategy) - {Strategy.MANUAL}) > 1:
+        raise RegistryError("the strategy immediate goes with no other but manual")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.4%}" if abs(share) < 1e6 else _shown_number(share)
+
+
+def _shown_number(value: float) -> str:
+    return f"{value:g}" if abs(value) < 2**1023 or isinstance(value, float) else "a huge number"
+
+
+def _read_strategy(source: Fields, name: str) -> tuple[Strategy, ...]:
     try:
-        if name == "strategy":
-            return tuple(Strategy(str(item)) for item in _items(value))
-        if name == "canary_steps":
-            return tuple(read_step(item) for item in _items(value))
+        return tuple(map(Strategy, source.texts(name)))
     except ValueError:
-        raise wrong from None
-    if name == "allow_ops":
-        return tuple(str(item) for item in _items(value))
-    if isinstance(default, bool) != isinstance(value, bool) or not isinstance(value, int | float):
-        raise wrong
-    if isinstance(default, int) and not isinstance(value, int):
-        raise wrong
-    return value
+        raise source.wrong(name) from None
 
 
-def _items(value: JSON) -> Sequence[JSON]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise RegistryError(f"the policy can't be read: {shown(str(value))} is no list")
-    return value
+def _read_steps(source: Fields, name: str) -> tuple[Step, ...]:
+    return tuple(map(read_step, source.objects(name)))
 
 
-def read_step(value: JSON) -> Step:
+_READERS: Mapping[str, Callable[[Fields, str], Any]] = {
+    "strategy": _read_strategy,
+    "canary_steps": _read_steps,
+    "min_calls": Fields.integer,
+    "allow_ops": Fields.texts,
+    "allow_signature_changes": Fields.flag,
+    **{name: Fields.number for name, *_ in _RANGES if name != "min_calls"},
+}
+
+
+def read_step(source: Fields) -> Step:
     """Returns a step as it was written.
 
     Raises:
         RegistryError: if it can't be read.
     """
     try:
-        step = cast("Mapping[str, str]", value)
-        return Step(StepKind(step["kind"]), float(step["share"]), float(step["bake_s"]))
-    except (TypeError, KeyError, ValueError):
-        raise RegistryError(f"a step can't be {shown(str(value))}") from None
+        kind = StepKind(source.text("kind"))
+    except ValueError:
+        raise source.wrong("kind") from None
+    return Step(kind, source.number("share"), source.number("bake_s"))
 
 
 def parse_strategy(text: str) -> tuple[Strategy, ...]:

@@ -28,7 +28,7 @@ from modelport_registry._files import (
     walk,
     write_file,
 )
-from modelport_registry._folder import ModelFolder
+from modelport_registry._folder import Change, ModelFolder
 from modelport_registry._manifest import (
     FORMAT,
     GOLDEN,
@@ -251,15 +251,21 @@ def _settle(folder: ModelFolder, request: Request, manifest: Manifest) -> None:
     with storage_errors(f"{folder.model} version {number} is published, but not settled"):
         folder.fsync()
         os.close(open_lock(folder.leases / str(number)))  # for readers who may not make it themselves
-        folder.record("publish", version=number, details={"bytes": manifest.size_bytes})
+        details = {"bytes": manifest.size_bytes, "manifest_sha256": folder.digest(number)}
+        folder.record("publish", version=number, details=details)
         if request.aliases:
-            state = folder.state()
-            changed = state
-            for alias in request.aliases:
-                changed = transitions.point(changed, alias, number, datetime.now(UTC))
-            folder.write_state(state, changed)
-            for alias in request.aliases:
-                folder.record("alias", version=number, details={"alias": alias})
+            _point(folder, request.aliases, number)
+
+
+def _point(folder: ModelFolder, aliases: Sequence[str], number: int) -> None:
+    """Points all aliases at once, with a line in the journal for each."""
+    state = wanted = folder.state()
+    *others, last = aliases
+    for alias in aliases:
+        wanted = transitions.point(wanted, alias, number, datetime.now(UTC))
+    for alias in others:
+        folder.record("alias", version=number, details={"alias": alias})
+    folder.change(state, wanted, Change(action="alias", version=number, details={"alias": last}))
 
 
 def _warnings(draft: Draft) -> tuple[str, ...]:

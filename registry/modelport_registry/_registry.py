@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,9 +13,9 @@ from modelport.names import is_valid_name, shown
 from modelport_registry import _collect, _journal, _lease, _verify, transitions
 from modelport_registry._errors import IntegrityError, NotFoundError, RegistryError, storage_errors
 from modelport_registry._files import read_bounded
-from modelport_registry._folder import ModelFolder
+from modelport_registry._folder import Change, ModelFolder
 from modelport_registry._json import JSON
-from modelport_registry._manifest import GOLDEN, MANIFEST, Lineage, Manifest
+from modelport_registry._manifest import GOLDEN, Lineage, Manifest
 from modelport_registry._names import check_alias, check_version
 from modelport_registry._policy import RolloutPolicy, Strategy
 from modelport_registry._types import GarbageReport, Golden, JournalEntry, Published, State
@@ -99,7 +98,9 @@ class Registry:
             return self._folder(model).state()
 
     def resolve(self, model: str, *, version: int | None = None, alias: str | None = None) -> int:
-        """Returns the version that is meant: the one named, or else ``stable``, or else the highest.
+        """Returns the version that is meant: the one named, or else ``stable``, or else the highest not rejected.
+
+        Where every version was rejected it is the highest: there is a model, though nothing of it should serve.
 
         Raises:
             NotFoundError: if there is none.
@@ -205,19 +206,33 @@ class Registry:
             NotFoundError: if there is no such model.
             RegistryError: if ``transition`` refuses.
         """
+        change = Change(action=action, version=version, reason=reason, details=details or {}, actor=actor)
+        return self._change(model, transition, lambda _: change, expected_generation)
+
+    def _change(
+        self,
+        model: str,
+        transition: Callable[[State], State],
+        change: Callable[[State], Change],
+        expected_generation: int | None,
+    ) -> State:
         folder = self._folder(model)
         with storage_errors(f"can't change {model}"), folder.lock():
             state = folder.state()
             folder.expect(state, expected_generation)
             wanted = transition(state)
-            if wanted == state:
-                return state
-            changed = folder.write_state(state, wanted)
-            more = {**_digest(folder, version), **(details or {})}
-            folder.record(action, version=version, reason=reason, details=more, actor=actor)
-            return changed
+            return state if wanted == state else folder.change(state, wanted, change(state))
 
-    def set_alias(self, model: str, alias: str, version: int, *, expected_generation: int | None = None) -> State:
+    def set_alias(
+        self,
+        model: str,
+        alias: str,
+        version: int,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
         """Points an alias at a version, and returns the state after it; ``stable`` pins the version.
 
         Raises:
@@ -230,33 +245,39 @@ class Registry:
             lambda state: transitions.point(self._present(state, model, version), alias, version, _now()),
             action="alias",
             version=version,
+            reason=reason,
             details={"alias": alias},
             expected_generation=expected_generation,
+            actor=actor,
         )
 
-    def remove_alias(self, model: str, alias: str, *, expected_generation: int | None = None) -> State:
-        """Removes an alias, and returns the state after it.
+    def remove_alias(
+        self,
+        model: str,
+        alias: str,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        expected_generation: int | None = None,
+    ) -> State:
+        """Removes an alias, and returns the state after it; ``stable`` takes the pin with it.
 
         Raises:
             NotFoundError: if there is no such alias.
             ConflictError: if the state is not of the expected generation.
         """
         check_alias(alias)
-        version = self.state(model).aliases.get(alias)
 
         def remove(state: State) -> State:
             if alias not in state.aliases:
                 raise _no_alias(self._folder(model), alias, state)
-            return transitions.unpoint(state, alias)
+            return transitions.unpoint(state, alias, _now())
 
-        return self.change(
-            model,
-            remove,
-            action="unalias",
-            version=version,
-            details={"alias": alias},
-            expected_generation=expected_generation,
-        )
+        def change(state: State) -> Change:
+            version = state.aliases[alias]
+            return Change(action="unalias", version=version, reason=reason, details={"alias": alias}, actor=actor)
+
+        return self._change(model, remove, change, expected_generation)
 
     def start_rollout(
         self,
@@ -396,15 +417,15 @@ class Registry:
             ConflictError: if the state is not of the expected generation.
             RegistryError: if it was rejected, or no version is in charge.
         """
-        return self.change(
-            model,
-            lambda state: transitions.pin(self._present(state, model, version), version, _now()),
-            action="pinned",
-            version=version,
-            reason=reason,
-            expected_generation=expected_generation,
-            actor=actor,
-        )
+
+        def pin(state: State) -> State:
+            return transitions.pin(self._present(state, model, version), version, _now())
+
+        def change(state: State) -> Change:
+            number = state.aliases.get(STABLE) if version is None else version
+            return Change(action="pinned", version=number, reason=reason, actor=actor)
+
+        return self._change(model, pin, change, expected_generation)
 
     def unpin(
         self, model: str, *, reason: str = "", actor: str | None = None, expected_generation: int | None = None
@@ -414,14 +435,11 @@ class Registry:
         Raises:
             ConflictError: if the state is not of the expected generation.
         """
-        return self.change(
-            model,
-            transitions.unpin,
-            action="unpinned",
-            reason=reason,
-            expected_generation=expected_generation,
-            actor=actor,
-        )
+
+        def change(state: State) -> Change:
+            return Change(action="unpinned", version=state.pin, reason=reason, actor=actor)
+
+        return self._change(model, transitions.unpin, change, expected_generation)
 
     def set_policy(
         self,
@@ -458,17 +476,12 @@ class Registry:
         expected_generation: int | None,
     ) -> State:
         """Changes what becomes of the rollout under way, or of the last one."""
-        state = self.state(model)
-        version = state.rollout.version if state.rollout is not None else state.aliases.get(STABLE)
-        return self.change(
-            model,
-            transition,
-            action=action,
-            version=version,
-            reason=reason,
-            expected_generation=expected_generation,
-            actor=actor,
-        )
+
+        def change(state: State) -> Change:
+            version = state.rollout.version if state.rollout is not None else state.aliases.get(STABLE)
+            return Change(action=action, version=version, reason=reason, actor=actor)
+
+        return self._change(model, transition, change, expected_generation)
 
     def _present(self, state: State, model: str, version: int | None) -> State:
         """Returns ``state`` if there is such a version; under the lock, so that it is not collected meanwhile."""
@@ -577,7 +590,7 @@ class Registry:
             raise self._missing(folder)
         if alias is not None:
             raise _no_alias(folder, alias, state)
-        return versions[-1]
+        return max((number for number in versions if number not in state.rejected), default=versions[-1])
 
     def _missing(self, folder: ModelFolder, version: int | None = None) -> NotFoundError:
         versions = folder.versions()
@@ -588,16 +601,6 @@ class Registry:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _digest(folder: ModelFolder, version: int | None) -> dict[str, JSON]:
-    """Returns the SHA-256 of a version's manifest, which has that of every file."""
-    if version is None:
-        return {}
-    try:
-        return {"manifest_sha256": hashlib.sha256((folder.version(version) / MANIFEST).read_bytes()).hexdigest()}
-    except (FileNotFoundError, NotADirectoryError):  # deleted by hand
-        return {}
 
 
 def _no_alias(folder: ModelFolder, alias: str, state: State) -> NotFoundError:

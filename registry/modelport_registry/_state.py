@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from datetime import datetime
 
 from modelport_registry._errors import IntegrityError, RegistryError
 from modelport_registry._json import JSON, Fields
 from modelport_registry._manifest import read_time
-from modelport_registry._names import MAX_VERSION
-from modelport_registry._policy import RolloutPolicy, Step, read_step
+from modelport_registry._names import is_version, parse_version
+from modelport_registry._policy import RolloutPolicy, read_step
 from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
 from modelport_registry._types import State
 
@@ -36,15 +37,11 @@ def read_state(fields: Fields) -> State:
     """
     if fields.integer("format", at_least=1) > 1:
         raise IntegrityError("the state has a newer format: upgrade modelport")
-    aliases = fields.mapping("aliases", lambda child, name: child.integer(name, at_least=1))
-    collected = fields.integer("collected")
-    if max(collected, *aliases.values(), 0) > MAX_VERSION:
-        raise fields.wrong("aliases")
     return State(
         generation=fields.integer("generation"),
-        aliases=aliases,
-        collected=collected,
-        pin=fields.optional_integer("pin", at_least=1),
+        aliases=fields.mapping("aliases", _version),
+        collected=fields.integer("collected"),
+        pin=_optional_version(fields, "pin"),
         rollout=_rollout(fields.child("rollout")) if fields.has("rollout") else None,
         last=_ended(fields.child("last")) if fields.has("last") else None,
         rejected=_rejected(fields),
@@ -57,10 +54,13 @@ def read_state(fields: Fields) -> State:
 def _rejected(fields: Fields) -> dict[int, Rejection]:
     if not fields.has("rejected"):
         return {}
-    found = fields.mapping("rejected", lambda child, name: _rejection(child.child(name)))
-    if not all(name.isascii() and name.isdigit() for name in found):
-        raise fields.wrong("rejected")
-    return {int(name): one for name, one in found.items()}
+    found: dict[int, Rejection] = {}
+    for name, one in fields.mapping("rejected", lambda child, name: _rejection(child.child(name))).items():
+        number = parse_version(name)
+        if number is None:
+            raise fields.wrong("rejected")
+        found[number] = one
+    return found
 
 
 def _rejection(fields: Fields) -> Rejection:
@@ -71,47 +71,64 @@ def _policy(fields: Fields) -> RolloutPolicy:
     if not fields.has("policy"):
         return RolloutPolicy()
     child = fields.child("policy")
-    try:
+    with _damaged():
         return RolloutPolicy.from_json({name: child.any(name) for name in child.names()})
-    except RegistryError as exc:
-        raise IntegrityError(f"the state is damaged: {exc}") from exc
 
 
 def _rollout(fields: Fields) -> Rollout:
     try:
         phase = Phase(fields.text("phase"))
-        steps = tuple(_step(item) for item in fields.items("steps"))
-    except (ValueError, RegistryError) as exc:
-        raise fields.wrong("rollout") from exc
+    except ValueError as exc:
+        raise fields.wrong("phase") from exc
+    with _damaged():
+        steps = tuple(map(read_step, fields.objects("steps")))
     step = fields.integer("step")
     if phase is Phase.STEP and step >= len(steps):
         raise fields.wrong("step")
     return Rollout(
         id=fields.text("id"),
-        version=fields.integer("version", at_least=1),
-        previous=fields.optional_integer("previous", at_least=1),
+        version=_version(fields, "version"),
+        previous=_optional_version(fields, "previous"),
         steps=steps,
         phase=phase,
         step=step,
-        paused=fields.any("paused") is True,
+        paused=fields.flag("paused"),
         started=read_time(fields, "started"),
         actor=fields.text("actor"),
         reason=fields.text("reason"),
     )
 
 
-def _step(item: object) -> Step:
-    return read_step(item)  # type: ignore[arg-type]
-
-
 def _ended(fields: Fields) -> Ended:
     return Ended(
-        fields.integer("version", at_least=1),
-        fields.optional_integer("previous", at_least=1),
+        _version(fields, "version"),
+        _optional_version(fields, "previous"),
         fields.text("outcome"),
         fields.text("reason"),
         read_time(fields, "at"),
     )
+
+
+def _version(fields: Fields, key: str) -> int:
+    number = fields.integer(key, at_least=1)
+    if not is_version(number):
+        raise fields.wrong(key)
+    return number
+
+
+def _optional_version(fields: Fields, key: str) -> int | None:
+    return _version(fields, key) if fields.has(key) else None
+
+
+@contextlib.contextmanager
+def _damaged() -> Generator[None]:
+    """Turns a value that is out of its range into what it means here: nobody could have written it."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except RegistryError as exc:
+        raise IntegrityError(f"the state is damaged: {exc}") from exc
 
 
 def state_json(state: State) -> bytes:

@@ -77,7 +77,7 @@ class JournalEntry:
     reason: str
     """Why, in words; may be empty."""
     details: Mapping[str, JSON]
-    """Anything else."""
+    """Anything else: a change of the desired state has its ``new_generation``, and a version ``manifest_sha256``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ STABLE = "stable"
 
 PROMOTED, REJECTED, ROLLED_BACK, REPLACED = "promoted", "rejected", "rolled back", "replaced"
 
+_MAX_REASON = 500
+"""Characters of a reason that the state keeps."""
+
 
 def candidate(state: State, versions: Iterable[int]) -> int | None:
     """Returns the version that should be rolled out by itself; None if there is none.
@@ -72,7 +75,7 @@ def start(
         steps=state.policy.plan(strategy) if stable is not None else (),
         started=now,
         actor=actor,
-        reason=reason,
+        reason=_cut(reason),
     )
     return replace(state, rollout=rollout, considered=max(state.considered, version))
 
@@ -112,50 +115,78 @@ def complete(state: State, now: datetime) -> State:
 
 
 def reject(state: State, version: int, gate: str, reason: str, now: datetime, actor: str) -> State:
-    """Remembers that a version must not serve, ends its rollout, and puts its predecessor in charge again."""
+    """Remembers that a version must not serve, ends its rollout, and puts its predecessor in charge again.
+
+    A pin on it stays. Where nothing is left to go back to, another version that is being rolled out needs no steps.
+    """
     if version in state.rejected:
         return state
-    rollout, outcome = state.rollout, (REJECTED if _in_gates(state, version) else ROLLED_BACK)
-    stable, previous = state.aliases.get(STABLE), _predecessor(state, version)
-    changed = replace(state, rejected={**state.rejected, version: Rejection(gate, reason, now, actor)})
-    if stable == version:
-        aliases = {name: number for name, number in state.aliases.items() if name != STABLE}
-        if previous is not None and previous not in changed.rejected:
-            aliases[STABLE] = previous
-        changed = replace(changed, aliases=aliases)
-    if rollout is not None and rollout.version == version:
-        changed = replace(changed, rollout=None)
-    elif stable != version:
+    reason = _cut(reason)
+    rejected = {**state.rejected, version: Rejection(gate, reason, now, actor)}
+    changed = replace(state, rejected=rejected)
+    mine = state.rollout if state.rollout is not None and state.rollout.version == version else None
+    in_charge = state.aliases.get(STABLE) == version
+    if mine is None and not in_charge:
         return changed
-    elif rollout is not None:  # there is nothing left to compare the candidate with
-        changed = replace(changed, rollout=replace(rollout, steps=(), phase=Phase.GATES, step=0))
-    return replace(changed, last=Ended(version, previous, outcome, f"{gate}: {reason}", now))
+    outcome = REJECTED if mine is not None and mine.phase is Phase.GATES else ROLLED_BACK
+    previous = _predecessor(state, version)
+    ended = Ended(version, previous, outcome, _cut(f"{gate}: {reason}"), now)
+    changed = replace(changed, rollout=None if mine is not None else state.rollout, last=ended)
+    return _put_back(changed, version, previous) if in_charge else changed
 
 
-def _in_gates(state: State, version: int) -> bool:
+def _put_back(state: State, version: int, previous: int | None) -> State:
+    """Returns the state with ``previous`` in charge in place of ``version``; nothing if it must not serve either."""
+    aliases = {name: number for name, number in state.aliases.items() if name != STABLE}
+    if previous is None or previous in state.rejected:
+        return _without_rival(replace(state, aliases=aliases))
+    changed = replace(state, aliases={**aliases, STABLE: previous})
+    if state.rollout is None or state.rollout.previous != version:
+        return changed
+    return replace(changed, rollout=replace(state.rollout, previous=previous))
+
+
+def _without_rival(state: State) -> State:
+    """Returns the state with a rollout that has nothing left to be compared with."""
     rollout = state.rollout
-    return rollout is not None and rollout.version == version and rollout.phase is Phase.GATES
+    if rollout is None or rollout.phase is Phase.WATCH:
+        return state
+    alone = replace(rollout, steps=(), previous=None)
+    return _promoted(state, alone) if rollout.phase is Phase.STEP else replace(state, rollout=alone)
 
 
 def _predecessor(state: State, version: int) -> int | None:
-    """Returns the version that was in charge before ``version`` took over or began to."""
+    """Returns the version that was in charge before ``version`` came."""
     if state.rollout is not None and state.rollout.version == version:
         return state.rollout.previous
     last = state.last
     return last.previous if last is not None and (last.version, last.outcome) == (version, PROMOTED) else None
 
 
+def _cut(reason: str) -> str:
+    """Returns as much of a reason as the state keeps; the journal has all of it."""
+    return reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 1]}…"
+
+
 def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
     """Ends the rollout under way and rejects its candidate; without one, puts the stable version's predecessor back."""
+    reason = reason or "somebody asked for it"
     if state.rollout is not None:
-        return reject(state, state.rollout.version, "rollback", reason or "somebody asked for it", now, actor)
+        return reject(state, state.rollout.version, "rollback", reason, now, actor)
+    if state.pin is not None:
+        raise RegistryError(f"version {state.pin} is pinned: pin another one instead, with modelport pin")
     stable = state.aliases.get(STABLE)
     previous = _predecessor(state, stable) if stable is not None else None
     if stable is None or previous is None:
-        raise RegistryError("nothing is being rolled out, and the version before is not known: use modelport alias")
+        raise RegistryError(
+            "nothing is being rolled out, and it is not known which version was in charge before: "
+            "choose one with modelport pin"
+        )
     if previous in state.rejected:
-        raise RegistryError(f"version {previous}, which was in charge before, is rejected: use modelport alias")
-    return reject(state, stable, "rollback", reason or "somebody asked for it", now, actor)
+        raise RegistryError(
+            f"version {previous}, which was in charge before, was rejected: choose another with modelport pin"
+        )
+    return reject(state, stable, "rollback", reason, now, actor)
 
 
 def pause(state: State) -> State:
@@ -212,10 +243,18 @@ def point(state: State, alias: str, version: int, now: datetime) -> State:
     return replace(state, aliases={**state.aliases, alias: version})
 
 
-def unpoint(state: State, alias: str) -> State:
-    """Removes an alias; without ``stable`` there is no pin either."""
+def unpoint(state: State, alias: str, now: datetime) -> State:
+    """Removes an alias; without ``stable`` there is no pin either, and no version that is watched."""
     aliases = {name: number for name, number in state.aliases.items() if name != alias}
-    return replace(state, aliases=aliases, pin=None if alias == STABLE else state.pin)
+    changed = replace(state, aliases=aliases)
+    if alias != STABLE:
+        return changed
+    changed = replace(changed, pin=None)
+    rollout = state.rollout
+    if rollout is None or rollout.phase is not Phase.WATCH:
+        return _without_rival(changed)
+    ended = Ended(rollout.version, rollout.previous, REPLACED, "the alias stable was removed", now)
+    return replace(changed, rollout=None, last=ended)
 
 
 def unpin(state: State) -> State:

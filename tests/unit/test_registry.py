@@ -93,21 +93,37 @@ def test_the_public_names_are_these() -> None:
         "JSON",
         "AlreadyExistsError",
         "ConflictError",
+        "Ended",
         "FileEntry",
         "GarbageReport",
         "Golden",
+        "GraphFunction",
+        "GraphNode",
         "IntegrityError",
         "InvalidModelError",
         "JournalEntry",
         "Lineage",
         "Manifest",
+        "MetaGraph",
         "NotFoundError",
+        "Phase",
         "Published",
         "Registry",
         "RegistryError",
+        "Rejection",
+        "Rollout",
+        "RolloutPolicy",
         "SignatureSpec",
         "State",
+        "Step",
+        "StepKind",
+        "Strategy",
         "TensorSpec",
+        "parse_step",
+        "parse_strategy",
+        "read_graph",
+        "transitions",
+        "wait_until_stable",
     ]
 
 
@@ -226,7 +242,7 @@ class TestPublish:
     def test_aliases_move_with_the_publish(self, registry: Registry, publish: Callable[..., int]) -> None:
         publish(aliases=["stable", "best"])
         publish(aliases=["best"])
-        assert registry.state(MODEL) == State(2, {"stable": 1, "best": 2})
+        assert registry.state(MODEL) == State(2, {"stable": 1, "best": 2}, pin=1)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -569,8 +585,8 @@ class TestState:
     def test_aliases_change_by_compare_and_swap(self, registry: Registry, publish: Callable[..., int]) -> None:
         publish()
         publish()
-        assert registry.set_alias(MODEL, "stable", 1) == State(1, {"stable": 1})
-        assert registry.set_alias(MODEL, "stable", 2, expected_generation=1) == State(2, {"stable": 2})
+        assert registry.set_alias(MODEL, "stable", 1) == State(1, {"stable": 1}, pin=1)
+        assert registry.set_alias(MODEL, "stable", 2, expected_generation=1) == State(2, {"stable": 2}, pin=2)
         with pytest.raises(ConflictError, match="generation 2, not 1"):
             registry.set_alias(MODEL, "stable", 1, expected_generation=1)
         with pytest.raises(ConflictError):
@@ -591,15 +607,10 @@ class TestState:
     def test_fields_of_others_are_kept(self, registry: Registry, publish: Callable[..., int]) -> None:
         publish()
         path = registry.root / MODEL / "state.json"
-        path.write_text('{"format": 1, "generation": 5, "aliases": {}, "collected": 0, "rollout": {"bake_s": 60}}')
+        path.write_text('{"format": 1, "generation": 5, "aliases": {}, "collected": 0, "weather": {"bake_s": 60}}')
         registry.set_alias(MODEL, "stable", 1)
-        assert json.loads(path.read_text()) == {
-            "format": 1,
-            "generation": 6,
-            "aliases": {"stable": 1},
-            "collected": 0,
-            "rollout": {"bake_s": 60},
-        }
+        kept = json.loads(path.read_text())
+        assert (kept["generation"], kept["aliases"], kept["weather"]) == (6, {"stable": 1}, {"bake_s": 60})
 
     @pytest.mark.parametrize(
         "text",
