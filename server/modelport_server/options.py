@@ -72,6 +72,8 @@ class EngineLimits:
     """The longest that running the golden examples may take, in seconds. Default 300."""
     warm_up_timeout_s: float = 120.0
     """The longest that warming up may take, in seconds. Default 120."""
+    speed_timeout_s: float = 60.0
+    """The longest that measuring beside the stable version may take, in seconds. Default 60."""
     run_timeout_s: float = 60.0
     """The longest that one batch may run before the engine counts as hung, in seconds. Default 60."""
     max_memory_bytes: int = 0
@@ -93,6 +95,7 @@ class EngineLimits:
             "load_timeout_s",
             "golden_timeout_s",
             "warm_up_timeout_s",
+            "speed_timeout_s",
             "run_timeout_s",
         ):
             _require(0 < getattr(self, name) <= _DAY_S, f"{name} must be above 0 and at most a day")

@@ -29,7 +29,7 @@ from modelport import (
 from modelport_registry import Registry, transitions
 from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import ServerOptions
-from modelport_server.rollout.policy import State
+from modelport_server.rollout.lifecycle import State
 from modelport_server.rollout.status import RolloutStatus, RolloutVersion, StatusBoard, StepStatus, Traffic
 from modelport_server.rpc._grpc import new_server
 from modelport_server.rpc.rollouts import RolloutService

@@ -2,45 +2,50 @@
 
 It takes a snapshot and returns at most one action. Its caller carries the action out and asks again,
 so that it needs no memory and may be asked at any time.
+
+There are two kinds of action. Steps change what this server has loaded and which version answers.
+Decisions change what the registry asks for, and so what every server does; the registry takes a
+decision only if nobody has changed anything since the snapshot was taken.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from modelport_registry import Phase, Rollout, StepKind, transitions
+from modelport_registry import State as Desired
+from modelport_server.rollout.comparison import Verdict, VerdictKind
+from modelport_server.rollout.lifecycle import COMING, LOADED, State
 
 STABLE = "stable"
 STREAM_END_S = 5.0
 """How long streams that were told to end may take; one whose caller reads nothing never would."""
 
 
-class State(enum.Enum):
-    """Where a version is in its life."""
-
-    DISCOVERED = "discovered"
-    VERIFYING = "verifying"
-    LOADING = "loading"
-    WARMING = "warming"
-    AVAILABLE = "available"
-    DRAINING = "draining"
-    RETIRED = "retired"
-    REJECTED = "rejected"
-
-
-COMING = frozenset({State.VERIFYING, State.LOADING, State.WARMING})
-LOADED = COMING | {State.AVAILABLE, State.DRAINING}
-
-
 class Verb(enum.Enum):
     """What can be done with a version."""
 
     LOAD = "load"
+    ABANDON = "abandon"
+    """End a loading that nobody wants any more."""
     SERVE = "serve"
     DRAIN = "drain"
     REVIVE = "revive"
     END_STREAMS = "end streams"
     RETIRE = "retire"
+    START = "start"
+    """Decide: the version becomes the candidate."""
+    ADVANCE = "advance"
+    """Decide: the candidate goes on to the next step, or takes over after the last."""
+    COMPLETE = "complete"
+    """Decide: the rollout is over, the version stays."""
+    ROLL_BACK = "roll back"
+    """Decide: the candidate is worse than the version before it."""
+
+
+DECISIONS = frozenset({Verb.START, Verb.ADVANCE, Verb.COMPLETE, Verb.ROLL_BACK})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,88 +81,146 @@ class ModelSnapshot:
     """One model as it is."""
 
     versions: Mapping[int, VersionSnapshot]
-    aliases: Mapping[str, int]
+    desired: Desired = field(default_factory=Desired)
+    """What the registry asks for."""
     serving: int | None
+    """The version that answers calls which name none, on this server."""
     max_beside_stable: int
     pinned_stream_limit_s: float
+    phase_age_s: float = 0.0
+    """How long this server has seen the rollout in its present phase and step, in seconds."""
+    ended_age_s: float = float("inf")
+    """How long ago this server saw the last rollout end, in seconds."""
+    verdict: Verdict | None = None
+    """How the candidate does beside the stable version; None where nothing is compared."""
+    deciding: bool = False
+    """Whether a decision is on its way to the registry."""
 
 
 def charge(snapshot: ModelSnapshot) -> int | None:
-    """Returns the version that should answer calls which name none.
+    """Returns the version that should answer calls which name none: the pinned one, or else ``stable``."""
+    desired = snapshot.desired
+    return desired.pin if desired.pin is not None else desired.aliases.get(STABLE)
 
-    That is the one with the alias ``stable``, else the highest that has not been rejected. A version
-    that serves goes on counting when its folder has been deleted.
-    """
-    if STABLE in snapshot.aliases:
-        return snapshot.aliases[STABLE]
-    candidates = [
-        number
-        for number, version in snapshot.versions.items()
-        if version.state is not State.REJECTED and (version.in_registry or number == snapshot.serving)
-    ]
-    return max(candidates, default=None)
+
+def share(snapshot: ModelSnapshot) -> tuple[int, StepKind, float] | None:
+    """Returns the candidate, what it gets, and which share of the calls that name no version; None without one."""
+    rollout = snapshot.desired.rollout
+    step = rollout.current if rollout is not None else None
+    if rollout is None or step is None or _state(snapshot, rollout.version) is not State.AVAILABLE:
+        return None
+    return rollout.version, step.kind, step.share
 
 
 def next_action(snapshot: ModelSnapshot) -> Action | None:
     """Returns the next step towards what the registry asks for, or None if there is nothing to do."""
     wanted = charge(snapshot)
-    aspired = {number for number in (wanted, *snapshot.aliases.values()) if number is not None}
-    best = _best(snapshot, wanted)
-    if best is not None and best != snapshot.serving:
-        return Action(Verb.SERVE, best)
-    return _let_go(snapshot, aspired) or _bring_in(snapshot, wanted, aspired)
+    if wanted is not None and wanted != snapshot.serving and _state(snapshot, wanted) is State.AVAILABLE:
+        return Action(Verb.SERVE, wanted)
+    decision = None if snapshot.deciding else _decision(snapshot)
+    return decision or _let_go(snapshot) or _bring_in(snapshot)
 
 
-def _best(snapshot: ModelSnapshot, wanted: int | None) -> int | None:
-    """Returns the version that should answer from now on, of those that can.
-
-    Without an alias a newer version than the present one is taken even while the newest is still
-    loading, so that versions in quick succession do not keep each other from traffic.
-    """
-    available = [n for n, version in snapshot.versions.items() if version.state is State.AVAILABLE]
-    if wanted in available:
-        return wanted
-    if STABLE in snapshot.aliases:
-        return snapshot.serving
-    newer = [n for n in available if n > (snapshot.serving or 0)]
-    return max(newer, default=snapshot.serving)
+def _decision(snapshot: ModelSnapshot) -> Action | None:
+    rollout = snapshot.desired.rollout
+    if rollout is not None and (action := _judged(snapshot, rollout)) is not None:
+        return action
+    known = [number for number, version in snapshot.versions.items() if version.in_registry]
+    candidate = transitions.candidate(snapshot.desired, known)
+    return Action(Verb.START, candidate) if candidate is not None else None
 
 
-def _state(versions: Mapping[int, VersionSnapshot], number: int) -> State | None:
-    return versions[number].state if number in versions else None
-
-
-def _may_load(version: VersionSnapshot) -> bool:
-    return version.in_registry and not version.put_off
-
-
-def _let_go(snapshot: ModelSnapshot, aspired: set[int]) -> Action | None:
-    for number, version in sorted(snapshot.versions.items()):
-        if version.state is State.AVAILABLE and number not in aspired and number != snapshot.serving:
-            return Action(Verb.DRAIN, number)
-        if version.state is State.DRAINING:
-            if number in aspired and not version.streams_ended:
-                return Action(Verb.REVIVE, number)
-            if version.leases == 0 and (version.streams == 0 or version.streams_ended_s > STREAM_END_S):
-                return Action(Verb.RETIRE, number)
-            if version.age_s > snapshot.pinned_stream_limit_s and not version.streams_ended:
-                return Action(Verb.END_STREAMS, number)
+def _judged(snapshot: ModelSnapshot, rollout: Rollout) -> Action | None:
+    """Returns what the rollout's evidence asks for."""
+    verdict = snapshot.verdict.kind if snapshot.verdict is not None else None
+    if verdict is VerdictKind.WORSE and rollout.phase is not Phase.GATES:
+        return Action(Verb.ROLL_BACK, rollout.version)
+    candidate = snapshot.versions.get(rollout.version)
+    if candidate is None:  # its folder is gone and it is not loaded
+        return Action(Verb.ROLL_BACK, rollout.version)
+    if rollout.paused:
+        return None
+    if rollout.phase is Phase.WATCH:
+        over = snapshot.phase_age_s >= snapshot.desired.policy.watch_s
+        return Action(Verb.COMPLETE, rollout.version) if over else None
+    if candidate.state is not State.AVAILABLE:
+        return None
+    if rollout.phase is Phase.GATES or (
+        rollout.current is not None
+        and snapshot.phase_age_s >= rollout.current.bake_s
+        and verdict is VerdictKind.FINE
+    ):  # fmt: skip
+        return Action(Verb.ADVANCE, rollout.version)
     return None
 
 
-def _bring_in(snapshot: ModelSnapshot, wanted: int | None, aspired: set[int]) -> Action | None:
+def _state(snapshot: ModelSnapshot, number: int) -> State | None:
+    return snapshot.versions[number].state if number in snapshot.versions else None
+
+
+def aspired(snapshot: ModelSnapshot) -> list[int]:
+    """Returns the versions that should be loaded, the most important first."""
+    desired, rollout = snapshot.desired, snapshot.desired.rollout
+    order = [charge(snapshot)]
+    if rollout is not None:
+        order.append(rollout.version)
+        if rollout.phase is Phase.WATCH:
+            order.append(rollout.previous)
+    order += sorted(desired.aliases.values(), reverse=True)
+    return list(dict.fromkeys(number for number in order if number is not None and number not in desired.rejected))
+
+
+def _kept_warm(snapshot: ModelSnapshot) -> int | None:
+    """Returns the version that stays loaded for a while after its successor has proved itself."""
+    last, stable = snapshot.desired.last, snapshot.desired.aliases.get(STABLE)
+    if last is None or last.version != stable or snapshot.ended_age_s >= snapshot.desired.policy.keep_warm_s:
+        return None
+    return last.previous
+
+
+def _let_go(snapshot: ModelSnapshot) -> Action | None:
+    wanted = aspired(snapshot)
+    for number, version in sorted(snapshot.versions.items()):
+        if number in wanted:
+            if version.state is State.DRAINING and not version.streams_ended:
+                return Action(Verb.REVIVE, number)
+        elif version.state in COMING:
+            return Action(Verb.ABANDON, number)
+        elif version.state is State.AVAILABLE and number not in (snapshot.serving, _kept_warm(snapshot)):
+            return Action(Verb.DRAIN, number)
+        if version.state is State.DRAINING and (action := _drained(snapshot, number, version)) is not None:
+            return action
+    return None
+
+
+def _drained(snapshot: ModelSnapshot, number: int, version: VersionSnapshot) -> Action | None:
+    if version.leases == 0 and (version.streams == 0 or version.streams_ended_s > STREAM_END_S):
+        return Action(Verb.RETIRE, number)
+    rejected = number in snapshot.desired.rejected  # nobody should get another answer of it
+    overdue = version.age_s > snapshot.pinned_stream_limit_s
+    return Action(Verb.END_STREAMS, number) if (rejected or overdue) and not version.streams_ended else None
+
+
+def _bring_in(snapshot: ModelSnapshot) -> Action | None:
     versions = snapshot.versions
     if any(version.state in COMING for version in versions.values()):
         return None
-    loadable = (State.DISCOVERED, State.RETIRED)
-    order = sorted(aspired, key=lambda number: (number != wanted, -number))
-    number = next((n for n in order if _state(versions, n) in loadable and _may_load(versions[n])), None)
+    number = next((number for number in aspired(snapshot) if _may_load(versions.get(number))), None)
     if number is None:
         return None
-    beside = [n for n, v in versions.items() if v.state in LOADED and n != snapshot.serving and n not in aspired]
-    if len(beside) < snapshot.max_beside_stable:
+    kept = {snapshot.serving, charge(snapshot), *snapshot.desired.aliases.values()}
+    beside = [other for other, version in versions.items() if version.state in LOADED and other not in kept]
+    if number in kept or len(beside) < snapshot.max_beside_stable:
         return Action(Verb.LOAD, number)
-    draining = [n for n in beside if versions[n].state is State.DRAINING and not versions[n].streams_ended]
-    if draining and len(draining) == len(beside):
+    draining = [n for n in beside if versions[n].state is State.DRAINING]
+    if any(versions[n].streams_ended for n in draining):
+        return None  # there will be room soon
+    if draining:
         return Action(Verb.END_STREAMS, max(draining, key=lambda n: versions[n].age_s))
-    return None
+    warm = _kept_warm(snapshot)
+    return Action(Verb.DRAIN, warm) if warm in beside else None
+
+
+def _may_load(version: VersionSnapshot | None) -> bool:
+    loadable = version is not None and version.state in (State.DISCOVERED, State.RETIRED)
+    return version is not None and loadable and version.in_registry and not version.put_off

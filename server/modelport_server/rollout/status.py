@@ -9,7 +9,7 @@ from datetime import datetime
 
 from modelport_registry import JSON, SignatureSpec
 from modelport_server.gates.result import GateResult
-from modelport_server.rollout.policy import State
+from modelport_server.rollout.lifecycle import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,157 @@
+"""The bake: compares a rollout's candidate with the stable version while a phase of the rollout lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import monotonic
+
+from modelport_registry import Phase, Rollout, RolloutPolicy, StepKind
+from modelport_registry import State as Desired
+from modelport_server.batching.calls import Batch, BatchOutput, Call
+from modelport_server.errors import ModelFailureError, OverloadedError
+from modelport_server.rollout.comparison import ComparisonLimits, Verdict, compare
+from modelport_server.rollout.evidence import Evidence, EvidenceSnapshot, Outcome
+from modelport_server.rollout.shadow import Shadow
+from modelport_server.rollout.status import Traffic
+from modelport_server.servable import Servable
+
+_LOOK_S = 0.2
+_Key = tuple[str, Phase, int]
+
+
+class Witness:
+    """Writes down what one servable does, as evidence."""
+
+    def __init__(self, servable: Servable) -> None:
+        self.servable = servable
+        self.evidence = Evidence()
+
+    def on_call(self, call: Call, now_s: float) -> None:
+        """Counts a call."""
+        outcome = outcome_of(call)
+        if outcome is not None:
+            self.evidence.on_call(outcome, now_s - call.enqueued_at)
+
+    def on_batch(self, batch: Batch, output: BatchOutput) -> None:
+        """Counts a batch."""
+        self.evidence.on_batch(batch.signature, batch.rows, output.engine_time_us, output.outputs)
+
+    def snapshot(self) -> EvidenceSnapshot:
+        """Returns what has been seen."""
+        return self.evidence.snapshot(oldest_wait_s=self.servable.oldest_wait_s)
+
+
+def outcome_of(call: Call) -> Outcome | None:
+    """Returns how a call ended; None where that says nothing about the version."""
+    if call.future.cancelled():
+        return Outcome.CANCELLED
+    error = call.future.exception()
+    if error is None:
+        return Outcome.ANSWERED
+    if isinstance(error, OverloadedError):
+        return None
+    if isinstance(error, ModelFailureError) and error.caller_fault:
+        return Outcome.CALLER_FAULT
+    return Outcome.FAILED
+
+
+class Bake:
+    """Follows one model's rollout from phase to phase."""
+
+    def __init__(self) -> None:
+        self._key: _Key | None = None
+        self._since_s = monotonic()
+        self._witnesses: dict[int, Witness] = {}
+        self._baseline: EvidenceSnapshot | None = None
+        self._shadow: Shadow | None = None
+        self._judged_at_s = float("-inf")
+        self._verdict: Verdict | None = None
+
+    @property
+    def age_s(self) -> float:
+        """How long the present phase and step have been seen, in seconds."""
+        return monotonic() - self._since_s
+
+    def follow(self, desired: Desired, servables: Mapping[int, Servable]) -> None:
+        """Takes in the rollout as it is now and who can answer, and watches those that matter."""
+        rollout = desired.rollout
+        key = (rollout.id, rollout.phase, rollout.step) if rollout is not None else None
+        if key != self._key:
+            self._turn(key, rollout)
+        if rollout is None:
+            return
+        for number in _compared(rollout, desired):
+            if number in servables:
+                self._watch(servables[number])
+        self._mirror(rollout, desired.policy, servables)
+
+    def _turn(self, key: _Key | None, rollout: Rollout | None) -> None:
+        """Begins the next phase; a promoted version is compared with what its predecessor did until then."""
+        predecessor = self._witnesses.get(rollout.previous) if rollout is not None and rollout.previous else None
+        self._baseline = predecessor.snapshot() if predecessor is not None else None
+        self._key, self._since_s = key, monotonic()
+        self._judged_at_s, self._verdict = float("-inf"), None
+        for witness in self._witnesses.values():
+            witness.servable.observers = ()
+        self._witnesses = {}
+        self._shadow = None
+
+    def _watch(self, servable: Servable) -> None:
+        witness = self._witnesses.get(servable.version)
+        if witness is None or witness.servable is not servable:
+            self._witnesses[servable.version] = witness = Witness(servable)
+            servable.observers = (witness,)
+
+    def _mirror(self, rollout: Rollout, policy: RolloutPolicy, servables: Mapping[int, Servable]) -> None:
+        """Has the stable version's calls copied to the candidate while the step says so."""
+        step, candidate = rollout.current, servables.get(rollout.version)
+        stable = self._witnesses.get(rollout.previous) if rollout.previous is not None else None
+        if step is None or step.kind is not StepKind.SHADOW or candidate is None or stable is None:
+            return
+        if self._shadow is None or self._shadow.candidate is not candidate:
+            self._shadow = Shadow(candidate, step.share, policy)
+            stable.servable.observers = (stable, self._shadow)
+
+    def verdict(self, desired: Desired) -> Verdict | None:
+        """Returns how the candidate does, a few times a second anew; None where there is nothing to compare."""
+        rollout = desired.rollout
+        if rollout is None or self._key != (rollout.id, rollout.phase, rollout.step):
+            return None
+        if monotonic() - self._judged_at_s >= _LOOK_S:
+            self._judged_at_s = monotonic()
+            self._verdict = self._judge(rollout, desired.policy)
+        return self._verdict
+
+    def _judge(self, rollout: Rollout, policy: RolloutPolicy) -> Verdict | None:
+        candidate, before = self._witnesses.get(rollout.version), self._before(rollout)
+        if rollout.phase is Phase.GATES or candidate is None or before is None:
+            return None
+        limits = ComparisonLimits(
+            max_error_increase=policy.max_error_increase,
+            max_latency_ratio=policy.max_latency_ratio,
+            min_calls=policy.min_calls,
+        )
+        concurrent = rollout.current is not None and rollout.current.kind is StepKind.CANARY
+        found = compare(before, candidate.snapshot(), limits, concurrent=concurrent)
+        return self._shadow.judge(found) if self._shadow is not None else found
+
+    def _before(self, rollout: Rollout) -> EvidenceSnapshot | None:
+        if rollout.phase is Phase.WATCH:
+            return self._baseline
+        stable = self._witnesses.get(rollout.previous) if rollout.previous is not None else None
+        return stable.snapshot() if stable is not None else None
+
+    def traffic(self, version: int) -> Traffic | None:
+        """Returns what a version has answered in this phase; None if it is not watched."""
+        witness = self._witnesses.get(version)
+        return witness.evidence.traffic() if witness is not None else None
+
+
+def _compared(rollout: Rollout, desired: Desired) -> tuple[int, ...]:
+    """Returns the versions that are watched in a phase."""
+    before = rollout.previous
+    if rollout.phase is Phase.WATCH:
+        return (rollout.version,)
+    if rollout.phase is Phase.GATES:
+        return (before,) if before is not None else ()
+    return (rollout.version, before) if before is not None else (rollout.version,)

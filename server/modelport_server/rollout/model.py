@@ -1,0 +1,631 @@
+"""One model's rollout: asks the policy what to do, and does it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from modelport.exceptions import ModelportError
+from modelport_registry import (
+    JSON,
+    IntegrityError,
+    InvalidModelError,
+    Manifest,
+    Phase,
+    Registry,
+    StepKind,
+    transitions,
+)
+from modelport_registry import State as Desired
+from modelport_server.engines.process import LoadOrder, RejectedError
+from modelport_server.engines.spawner import Spawner
+from modelport_server.gates.result import INTEGRITY, LOAD, SPEED, GateResult, Outcome
+from modelport_server.gates.speed import compare_speed, probe_sizes, shared_examples
+from modelport_server.options import ServerOptions
+from modelport_server.rollout import policy
+from modelport_server.rollout.bake import Bake
+from modelport_server.rollout.decisions import Decision, Decisions
+from modelport_server.rollout.lifecycle import COMING, State
+from modelport_server.rollout.policy import STABLE, Action, ModelSnapshot, Verb, VersionSnapshot
+from modelport_server.rollout.status import (
+    ModelStatus,
+    RolloutStatus,
+    RolloutVersion,
+    SignatureStatus,
+    StatusBoard,
+    StepStatus,
+    VersionStatus,
+)
+from modelport_server.routing import Canary, Router
+from modelport_server.servable import Servable
+from modelport_server.signatures import is_batchable
+
+_log = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 0.5
+_LONGEST_RETRY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """What the registry holds of one model."""
+
+    versions: Mapping[int, Manifest | None]
+    """Every version with its manifest; None for one that can't be read."""
+    desired: Desired
+    looked_at_s: float
+    """When reading it began, on the monotonic clock."""
+
+
+@dataclass(eq=False, slots=True)
+class Tracked:
+    """One version and what has become of it."""
+
+    version: int
+    state: State = State.DISCOVERED
+    reason: str = ""
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+    since_s: float = field(default_factory=monotonic)
+    in_registry: bool = True
+    servable: Servable | None = None
+    manifest: Manifest | None = None
+    gates: tuple[GateResult, ...] = ()
+    loading: asyncio.Task[None] | None = None
+    failures: int = 0
+    """How often it could not be read."""
+    retry_at_s: float = 0.0
+    """When it may be tried again, on the monotonic clock."""
+    accused: bool = False
+    """Whether its rejection is on its way to the registry."""
+    hold: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Keeps the version's folder from being collected while it is loaded."""
+
+    def become(self, state: State, reason: str = "") -> None:
+        """Changes the state."""
+        self.state, self.reason = state, reason
+        self.since, self.since_s = datetime.now(UTC), monotonic()
+
+
+class ModelRollout:
+    """One model's versions.
+
+    Args:
+        name: the model.
+        options: the server's options.
+        router: told which version answers.
+        board: told what there is to know.
+        loads: bounds how many versions load at once, over all models.
+        changed: called when the policy should be asked again.
+        spawner: forks engine processes, if it can.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: ServerOptions,
+        router: Router,
+        board: StatusBoard,
+        loads: asyncio.Semaphore,
+        changed: Callable[[], None],
+        spawner: Spawner | None = None,
+    ) -> None:
+        self._name = name
+        self._spawner = spawner
+        self._options = options
+        self._registry = Registry(options.registry)
+        self._route = router.route(name)
+        self._board = board
+        self._loads = loads
+        self._changed = changed
+        self._decisions = Decisions(self._registry, name, changed)
+        self._bake = Bake()
+        self._versions: dict[int, Tracked] = {}
+        self._ended_at_s: dict[datetime, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loading: set[asyncio.Task[None]] = set()
+        self._warned: set[str] = set()
+        board.rollouts[name] = self.status
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of it, in the registry or in memory."""
+        return not self._versions and not self._tasks and not self._decisions.busy
+
+    @property
+    def serving(self) -> int | None:
+        """The version in charge on this server."""
+        return self._route.serving.version if self._route.serving is not None else None
+
+    @property
+    def desired(self) -> Desired:
+        """What the registry asks for, as far as is known."""
+        return self._decisions.desired
+
+    def observe(self, view: ModelView) -> None:
+        """Takes in what the registry holds now."""
+        first = not self._versions
+        self._decisions.observe(view.desired, view.looked_at_s)
+        for number, manifest in view.versions.items():
+            self._versions.setdefault(number, Tracked(number, manifest=manifest))
+        for number, tracked in list(self._versions.items()):
+            tracked.in_registry = number in view.versions
+            if not tracked.in_registry and tracked.state in (State.DISCOVERED, State.RETIRED, State.REJECTED):
+                del self._versions[number]
+        last = self.desired.last
+        if last is not None and last.at not in self._ended_at_s:  # one from before this server began is long over
+            self._ended_at_s = {last.at: float("-inf") if first else monotonic()}
+
+    def advance(self) -> None:
+        """Does whatever there is to do."""
+        previous: Action | None = None
+        while True:
+            self._take_in()
+            action = policy.next_action(self._snapshot())
+            if action is None:
+                break
+            if action == previous:  # it would go on for ever, and take all memory with it
+                raise RuntimeError(f"{self._name}: {action} changed nothing")
+            self._carry_out(action)
+            previous = action
+        self._warn_of_missing_stable()
+        self.publish_status()
+
+    def _take_in(self) -> None:
+        """Brings what follows at once from the desired state up to date."""
+        self._route.aliases = self.desired.aliases
+        for number, tracked in self._versions.items():
+            rejection = self.desired.rejected.get(number)
+            if rejection is not None:
+                tracked.accused = False
+                if tracked.state in (State.DISCOVERED, State.RETIRED):
+                    tracked.become(State.REJECTED, f"{rejection.gate}: {rejection.reason}")
+            elif tracked.state is State.REJECTED and not tracked.accused:
+                tracked.become(State.DISCOVERED, "approved again")
+        available = self._available()
+        self._bake.follow(self.desired, available)
+        self._share(available)
+
+    def _available(self) -> dict[int, Servable]:
+        return {n: _servable(t) for n, t in self._versions.items() if t.state is State.AVAILABLE}
+
+    def _share(self, available: Mapping[int, Servable]) -> None:
+        """Gives the candidate its share of the calls."""
+        found = policy.share(self._snapshot())
+        if found is None or found[1] is not StepKind.CANARY:
+            self._route.canary = None
+            return
+        number, _, share = found
+        canary = self._route.canary
+        if canary is None or (canary.servable, canary.share) != (available[number], share):
+            self._route.canary = Canary(available[number], share)
+
+    def _snapshot(self) -> ModelSnapshot:
+        now = monotonic()
+        last = self.desired.last
+        return ModelSnapshot(
+            versions={n: _version_snapshot(tracked, now) for n, tracked in self._versions.items()},
+            desired=self.desired,
+            serving=self.serving,
+            max_beside_stable=self._options.rollout.max_beside_stable,
+            pinned_stream_limit_s=self._options.rollout.pinned_stream_limit_s,
+            phase_age_s=self._bake.age_s,
+            ended_age_s=now - self._ended_at_s.get(last.at, now) if last is not None else float("inf"),
+            verdict=self._bake.verdict(self.desired),
+            deciding=self._decisions.deciding,
+        )
+
+    def _carry_out(self, action: Action) -> None:
+        _log.debug("%s@%d: %s", self._name, action.version, action.verb.value)
+        if action.verb in policy.DECISIONS:
+            self._decide(action)
+            return
+        tracked = self._versions[action.version]
+        if action.verb is Verb.LOAD:
+            self._begin_to_load(tracked)
+        elif action.verb is Verb.ABANDON:
+            self._abandon(tracked)
+        elif action.verb is Verb.SERVE:
+            self._serve(tracked)
+        elif action.verb is Verb.DRAIN:
+            tracked.become(State.DRAINING, "another version has taken over")
+            self._route.available.pop(action.version, None)
+        elif action.verb is Verb.REVIVE:
+            self._make_available(tracked)
+        elif action.verb is Verb.END_STREAMS:
+            _servable(tracked).retire_streams.set()
+        elif action.verb is Verb.RETIRE:
+            self._retire(tracked)
+
+    def _decide(self, action: Action) -> None:
+        self._decisions.decide(self._decision(action))
+
+    def _decision(self, action: Action) -> Decision:
+        now, actor = datetime.now(UTC), self._options.actor
+        number, rollout = action.version, self.desired.rollout
+        if action.verb is Verb.START:
+            begin = partial(transitions.start, version=number, rollout_id=uuid.uuid4().hex, now=now, actor=actor)
+            return Decision(begin, "rollout started", number, "it was published")
+        details: dict[str, JSON] = {"phase_age_s": round(self._bake.age_s, 3)}
+        if rollout is not None:
+            details |= {"rollout": rollout.id, "phase": rollout.phase.value, "step": rollout.step}
+        verdict = self._bake.verdict(self.desired)
+        reason = verdict.reason if verdict is not None else ""
+        details |= dict(verdict.figures) if verdict is not None else {}
+        if action.verb is Verb.ROLL_BACK:
+            reason = reason or "its folder is gone"
+            back = partial(transitions.reject, version=number, gate="bake", reason=reason, now=now, actor=actor)
+            return Decision(back, "rolled back", number, reason, details)
+        if action.verb is Verb.COMPLETE:
+            return Decision(partial(transitions.complete, now=now), "rollout completed", number, reason, details)
+        assert rollout is not None
+        if rollout.phase is Phase.GATES:
+            details["gates"] = [gate.to_json() for gate in self._versions[number].gates]
+        last = rollout.phase is Phase.STEP and rollout.step == len(rollout.steps) - 1
+        promotes = last or not rollout.steps
+        return Decision(transitions.advance, "promoted" if promotes else "step", number, reason, details)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._loading.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s: a step of the rollout failed", self._name, exc_info=error)
+        self._changed()
+
+    def _begin_to_load(self, tracked: Tracked) -> None:
+        tracked.become(State.VERIFYING)
+        tracked.gates = ()
+        tracked.loading = self._spawn(self._load(tracked))
+        self._loading.add(tracked.loading)
+
+    def _abandon(self, tracked: Tracked) -> None:
+        assert tracked.loading is not None
+        tracked.loading.cancel()
+        tracked.become(State.DISCOVERED, "it was not wanted any more while it was loading")
+
+    async def _load(self, tracked: Tracked) -> None:
+        number = tracked.version
+        try:
+            async with self._loads:
+                _log.info("%s@%d: loading", self._name, number)
+                started = monotonic()
+                servable = await self._new_servable(tracked)
+                await servable.start()
+                await self._compare_speed(tracked, servable)
+        except RejectedError as error:
+            tracked.gates = error.gates
+            self._reject(tracked, error.gate, str(error))
+            return
+        except (IntegrityError, InvalidModelError) as error:
+            self._reject(tracked, INTEGRITY, str(error))
+            return
+        except (ModelportError, OSError) as error:
+            self._put_off(tracked, error)
+            return
+        except Exception:  # else the version would be on its way for ever
+            _log.exception("%s@%d: loading failed", self._name, number)
+            self._reject(tracked, LOAD, "the server failed to load it; its log says more")
+            return
+        except BaseException:
+            tracked.hold.close()
+            raise
+        tracked.servable = servable
+        self._make_available(tracked)
+        self._note_loaded(tracked, servable, monotonic() - started)
+
+    async def _compare_speed(self, tracked: Tracked, servable: Servable) -> None:
+        """Measures a candidate beside the stable version: the gate that takes both of them.
+
+        Raises:
+            RejectedError: if it is too slow.
+        """
+        stable = self._stable_beside(tracked.version)
+        beside = stable.servable if stable is not None else None
+        try:
+            golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
+            async with asyncio.timeout(self._options.engine.speed_timeout_s):
+                result = await compare_speed(
+                    beside,
+                    servable,
+                    shared_examples(golden, beside.manifest.signatures, servable.manifest.signatures) if beside else {},
+                    batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
+                    sizes=probe_sizes(self._options.batch.max_batch_size),
+                    max_ratio=self.desired.policy.max_speed_ratio,
+                )
+        except TimeoutError:
+            limit_s = self._options.engine.speed_timeout_s
+            result = GateResult(SPEED, Outcome.FAILED, limit_s, {}, f"took more than {limit_s:g} s")
+        except BaseException:
+            await servable.stop()
+            raise
+        tracked.gates = (*servable.gates, result)
+        if result.outcome is Outcome.FAILED:
+            await servable.stop()
+            raise RejectedError(SPEED, result.reason, tracked.gates)
+
+    def _note_loaded(self, tracked: Tracked, servable: Servable, took_s: float) -> None:
+        if not servable.golden_examples:
+            tracked.reason = "published without golden examples: its answers were not checked"
+            _log.warning("%s@%d: %s", self._name, tracked.version, tracked.reason)
+        _log.info(
+            "%s@%d: available after %.1f s, %d golden examples reproduced on %s",
+            self._name, tracked.version, took_s, servable.golden_examples, servable.engine_name,
+        )  # fmt: skip
+        gates: list[JSON] = [gate.to_json() for gate in tracked.gates]
+        self._decisions.record("verified", tracked.version, details={"gates": gates, "seconds": round(took_s, 3)})
+
+    async def _new_servable(self, tracked: Tracked) -> Servable:
+        number = tracked.version
+        await asyncio.to_thread(tracked.hold.enter_context, self._registry.lease(self._name, number))
+        manifest = tracked.manifest
+        if manifest is None:
+            manifest = tracked.manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
+        limits = self._options.batch
+        return Servable(
+            self._order(number),
+            manifest,
+            limits,
+            self._options.engine,
+            on_state=lambda state: self._on_engine_state(tracked, state),
+            on_rejected=lambda gate, reason: self._spawn(self._lose(tracked, gate, reason)),
+            spawner=self._spawner,
+        )
+
+    def _order(self, number: int) -> LoadOrder:
+        rules = self.desired.policy
+        stable = self._stable_beside(number)
+        return LoadOrder(
+            self._options.registry,
+            self._name,
+            number,
+            self._options.batch.max_batch_size,
+            allow_ops=rules.allow_ops,
+            baseline=stable.manifest.signatures if stable is not None and stable.manifest is not None else None,
+            allow_signature_changes=rules.allow_signature_changes,
+        )
+
+    def _stable_beside(self, number: int) -> Tracked | None:
+        """Returns the version that a candidate has to measure up to; None for one that is no candidate."""
+        rollout = self.desired.rollout
+        if rollout is None or rollout.version != number or rollout.phase is Phase.WATCH or rollout.previous is None:
+            return None
+        return self._versions.get(rollout.previous)
+
+    def _on_engine_state(self, tracked: Tracked, state: str) -> None:
+        if tracked.state in COMING:
+            tracked.become(State(state))
+            self.publish_status()
+
+    def _make_available(self, tracked: Tracked) -> None:
+        tracked.become(State.AVAILABLE)
+        self._route.available[tracked.version] = _servable(tracked)
+
+    def _serve(self, tracked: Tracked) -> None:
+        before = self.serving
+        self._route.serving = _servable(tracked)
+        _log.info("%s@%d: serving%s", self._name, tracked.version, f", was @{before}" if before else "")
+        details: dict[str, JSON] = {"before": before, "engine": _servable(tracked).engine_name}
+        self._decisions.record("serving", tracked.version, details=details)
+
+    def _put_off(self, tracked: Tracked, error: Exception) -> None:
+        """Lets a version wait that could not be read: the fault is not the version's, and may pass."""
+        wait_s = min(_FIRST_RETRY_S * 2**tracked.failures, _LONGEST_RETRY_S)
+        tracked.failures += 1
+        tracked.retry_at_s = monotonic() + wait_s
+        tracked.hold.close()
+        tracked.become(State.DISCOVERED, "it could not be read; the server tries again")
+        _log.warning("%s@%d: can't be loaded now, next try in %g s: %s", self._name, tracked.version, wait_s, error)
+
+    def _reject(self, tracked: Tracked, gate: str, reason: str) -> None:
+        number = tracked.version
+        tracked.become(State.REJECTED, f"{gate}: {reason}")
+        tracked.accused = True
+        tracked.hold.close()
+        _log.error("%s@%d: rejected: %s", self._name, number, tracked.reason)
+        now, actor = datetime.now(UTC), self._options.actor
+        reject = partial(transitions.reject, version=number, gate=gate, reason=reason, now=now, actor=actor)
+        gates: list[JSON] = [result.to_json() for result in tracked.gates]
+        self._decisions.insist(Decision(reject, "rejected", number, tracked.reason, {"gates": gates}))
+
+    async def _lose(self, tracked: Tracked, gate: str, reason: str) -> None:
+        """Takes a version that was available out of traffic, because its engine keeps failing."""
+        servable = tracked.servable
+        if servable is None:
+            return  # retired meanwhile
+        self._take_out(tracked)
+        await servable.stop()
+        tracked.servable = None
+        self._reject(tracked, gate, reason)
+
+    def _take_out(self, tracked: Tracked) -> None:
+        self._route.available.pop(tracked.version, None)
+        if self._route.serving is tracked.servable:
+            self._route.serving = None
+        if self._route.canary is not None and self._route.canary.servable is tracked.servable:
+            self._route.canary = None
+        tracked.accused = True
+        tracked.become(State.REJECTED, "its engine keeps failing")
+
+    def _retire(self, tracked: Tracked) -> None:
+        """Lets a version go at once; its engine ends in its own time, and its folder is held until then."""
+        servable, hold = _servable(tracked), tracked.hold
+        tracked.servable, tracked.hold = None, contextlib.ExitStack()
+        tracked.become(State.RETIRED)
+
+        async def stop() -> None:
+            with hold:
+                await servable.stop()
+            _log.info("%s@%d: retired", self._name, servable.version)
+
+        self._spawn(stop())
+
+    def _warn_of_missing_stable(self) -> None:
+        wanted = policy.charge(self._snapshot())
+        tracked = self._versions.get(wanted) if wanted is not None else None
+        if wanted is None or (tracked is not None and tracked.state is not State.REJECTED):
+            return
+        what = "pin" if self.desired.pin is not None else "alias 'stable'"
+        text = f"{self._name}: the {what} names version {wanted}, which " + (
+            "does not exist" if tracked is None else "was rejected"
+        )
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.error("%s; %s", text, f"version {self.serving} serves on" if self.serving else "nothing is served")
+
+    def publish_status(self) -> None:
+        """Posts what there is to know to the status board."""
+        self._explain_idle()
+        self._route.known = {n: _state_text(tracked) for n, tracked in self._versions.items()}
+        self._route.coming = frozenset(
+            n for n, tracked in self._versions.items() if tracked.state is State.DISCOVERED or tracked.state in COMING
+        )
+        self._board.post(
+            self._name,
+            ModelStatus(
+                name=self._name,
+                serving=self.serving,
+                aliases=self.desired.aliases,
+                versions=tuple(_version_status(self._versions[n]) for n in sorted(self._versions, reverse=True)),
+            ),
+        )
+
+    def _explain_idle(self) -> None:
+        """Says of a version that is not being loaded why it is not."""
+        wanted, desired = policy.charge(self._snapshot()), self.desired
+        if wanted is None:
+            return
+        why = f"version {wanted} is pinned" if desired.pin is not None else f"version {wanted} is in charge"
+        if desired.pin is None and desired.policy.manual and wanted is not None:
+            why += f"; start it with: modelport rollout start {self._name} VERSION"
+        for number, tracked in self._versions.items():
+            part = number in desired.aliases.values() or (desired.rollout and desired.rollout.version == number)
+            if tracked.state is State.DISCOVERED and number != wanted and not part:
+                tracked.reason = f"not loaded: {why}"
+
+    def status(self) -> RolloutStatus:
+        """Returns the rollout as it is now on this server."""
+        desired = self.desired
+        rollout, last, verdict = desired.rollout, desired.last, self._bake.verdict(desired)
+        shown = RolloutStatus(
+            model=self._name,
+            generation=desired.generation,
+            stable=desired.aliases.get(STABLE),
+            pin=desired.pin,
+            last_version=last.version if last is not None else None,
+            last_outcome=last.outcome if last is not None else "",
+            last_reason=last.reason if last is not None else "",
+            rejected={n: f"{one.gate}: {one.reason}" for n, one in desired.rejected.items()},
+            verdict=verdict.reason if verdict is not None else "",
+            figures=verdict.figures if verdict is not None else {},
+            versions=tuple(self._parts()),
+        )
+        if rollout is None:
+            return shown
+        return replace(
+            shown,
+            id=rollout.id,
+            phase=rollout.phase.value,
+            version=rollout.version,
+            previous=rollout.previous,
+            steps=tuple(StepStatus(kind=s.kind.value, share=s.share, bake_s=s.bake_s) for s in rollout.steps),
+            step=rollout.step,
+            paused=rollout.paused,
+            phase_age_s=self._bake.age_s,
+            bake_s=rollout.current.bake_s if rollout.current is not None else desired.policy.watch_s,
+        )
+
+    def _parts(self) -> list[RolloutVersion]:
+        rollout = self.desired.rollout
+        places = {policy.charge(self._snapshot()): "stable"}
+        if rollout is not None:
+            other = rollout.previous if rollout.phase is Phase.WATCH else rollout.version
+            places.setdefault(other, "previous" if rollout.phase is Phase.WATCH else "candidate")
+        share = self._route.canary.share if self._route.canary is not None else 0.0
+        shares = {"stable": 1.0 - share, "candidate": share, "previous": 0.0}
+        return [
+            RolloutVersion(
+                version=number,
+                place=place,
+                state=self._versions[number].state,
+                share=shares[place],
+                gates=self._versions[number].gates,
+                traffic=self._bake.traffic(number),
+            )
+            for number, place in places.items()
+            if number is not None and number in self._versions
+        ]
+
+    async def stop(self) -> None:
+        """Ends all its engines and tasks."""
+        for task in self._loading:
+            task.cancel()
+        while self._tasks:  # what retires a version comes to its end
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._decisions.settle()
+        self._route.serving = self._route.canary = None
+        self._route.available.clear()
+        loaded = [tracked for tracked in self._versions.values() if tracked.servable is not None]
+        await asyncio.gather(*(_servable(tracked).stop() for tracked in loaded), return_exceptions=True)
+        for tracked in self._versions.values():
+            tracked.hold.close()
+
+
+def _both_batch(signature: str, one: Servable, other: Servable) -> bool:
+    return all(signature in s.signatures and s.signatures[signature].batched for s in (one, other))
+
+
+def _servable(tracked: Tracked) -> Servable:
+    assert tracked.servable is not None
+    return tracked.servable
+
+
+def _state_text(tracked: Tracked) -> str:
+    return f"{tracked.state.value} ({tracked.reason})" if tracked.reason else tracked.state.value
+
+
+def _version_snapshot(tracked: Tracked, now: float) -> VersionSnapshot:
+    servable = tracked.servable
+    return VersionSnapshot(
+        state=tracked.state,
+        leases=servable.leases if servable is not None else 0,
+        streams=servable.streams if servable is not None else 0,
+        age_s=now - tracked.since_s,
+        in_registry=tracked.in_registry,
+        put_off=now < tracked.retry_at_s,
+        streams_ended=servable is not None and servable.retire_streams.is_set(),
+        streams_ended_s=servable.retire_streams.age_s if servable is not None else 0.0,
+    )
+
+
+def _version_status(tracked: Tracked) -> VersionStatus:
+    servable, manifest = tracked.servable, tracked.manifest
+    signatures: tuple[SignatureStatus, ...] = ()
+    if servable is not None and servable.signatures:
+        served = [servable.signatures[name] for name in sorted(servable.signatures)]
+        signatures = tuple(SignatureStatus(signature.spec, signature.batched) for signature in served)
+    elif manifest is not None:
+        specs = [manifest.signatures[name] for name in sorted(manifest.signatures)]
+        signatures = tuple(SignatureStatus(spec, is_batchable(spec)) for spec in specs)
+    return VersionStatus(
+        version=tracked.version,
+        state=tracked.state,
+        reason=tracked.reason,
+        since=tracked.since,
+        engine=servable.engine_name if servable is not None else "",
+        golden_examples=servable.golden_examples if servable is not None else 0,
+        signatures=signatures,
+        metrics=dict(manifest.metrics) if manifest is not None else {},
+    )

@@ -1,0 +1,165 @@
+"""Shadow traffic: copies of real calls for a candidate, whose answers are compared and thrown away."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+from time import monotonic
+
+import numpy as np
+
+from modelport.exceptions import ModelportError
+from modelport.tensors import array_from_bytes
+from modelport_registry import JSON, RolloutPolicy
+from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.rollout.comparison import Verdict, VerdictKind
+from modelport_server.rollout.spare import SpareTime
+from modelport_server.servable import Servable
+from modelport_server.tensors import RawTensor
+
+_MAX_UNDER_WAY = 2
+_PATIENCE_S = 5.0
+_MAX_ROWS = 1024
+"""A larger call is compared in its first rows."""
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How many rows of one output came out alike."""
+
+    rows: int = 0
+    agreed: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the rows that agreed; 1 where there was none."""
+        return self.agreed / self.rows if self.rows else 1.0
+
+
+class Shadow:
+    """Copies a share of the stable version's calls to the candidate once their callers have been answered.
+
+    Callers never wait for it: a call is copied after it has ended, and dropped where the candidate is
+    still busy with the last copies or the machine has no core to spare.
+
+    Args:
+        candidate: gets the copies.
+        share: of the calls, 0 to 1.
+        policy: what counts as agreement.
+    """
+
+    def __init__(self, candidate: Servable, share: float, policy: RolloutPolicy) -> None:
+        self.candidate = candidate
+        self._share = share
+        self._policy = policy
+        self._owed = 0.0
+        self._under_way: set[asyncio.Future[Answer]] = set()
+        self._spare = SpareTime(candidate.pid)
+        self._agreement: dict[str, Agreement] = {}
+        self._copied = 0
+        self._dropped = 0
+        self._failed = 0
+
+    def on_call(self, call: Call, now_s: float) -> None:
+        """Copies a call that was answered, if it is among the share."""
+        if call.future.cancelled() or call.future.exception() is not None:
+            return
+        self._owed += self._share
+        if self._owed < 1 - 1e-9:
+            return
+        self._owed -= 1
+        if len(self._under_way) >= _MAX_UNDER_WAY or not self._spare.there_is():
+            self._dropped += 1
+            return
+        # Not now: the caller's answer goes out first.
+        asyncio.get_running_loop().call_soon(self._copy, call, call.future.result())
+
+    def on_batch(self, batch: Batch, output: BatchOutput) -> None:
+        """Takes no notice of batches."""
+
+    def _copy(self, call: Call, answer: Answer) -> None:
+        try:
+            copy = self.candidate.prepare(call.signature, call.inputs, (), monotonic() + _PATIENCE_S)
+            self.candidate.submit(copy)
+        except ModelportError:
+            self._failed += 1
+            return
+        self._copied += 1
+        self._under_way.add(copy.future)
+        copy.future.add_done_callback(lambda future: self._on_answer(answer, future))
+
+    def _on_answer(self, answer: Answer, future: asyncio.Future[Answer]) -> None:
+        self._under_way.discard(future)
+        if future.cancelled() or future.exception() is not None:
+            self._failed += 1
+            return
+        given = {tensor.name: tensor for tensor in future.result().outputs}
+        for tensor in answer.outputs:
+            found = self._agreement.setdefault(tensor.name, Agreement())
+            rows, agreed = agreeing_rows(tensor, given.get(tensor.name))
+            found.rows += rows
+            found.agreed += agreed
+
+    def judge(self, found: Verdict) -> Verdict:
+        """Returns what is to be made of the candidate, given what the comparison without the answers found."""
+        figures: dict[str, JSON] = {
+            **found.figures,
+            "copied": self._copied,
+            "dropped": self._dropped,
+            "failed": self._failed,
+            "agreement": {name: round(one.share, 6) for name, one in self._agreement.items()},
+            "rows": max((one.rows for one in self._agreement.values()), default=0),
+        }
+        kind, reason = found.kind, found.reason
+        if kind is not VerdictKind.WORSE:
+            kind, reason = self._judge_agreement(kind, reason)
+        return Verdict(kind, reason, figures)
+
+    def _judge_agreement(self, kind: VerdictKind, reason: str) -> tuple[VerdictKind, str]:
+        least = self._policy.min_agreement
+        for name, one in sorted(self._agreement.items()):
+            if upper_bound(one.agreed, one.rows) < least:
+                text = f"output {name!r} agrees in {one.share:.2%} of {one.rows} rows, below {least:.2%}"
+                return VerdictKind.WORSE, text
+        fewest = min((one.rows for one in self._agreement.values()), default=0)
+        if fewest < self._policy.min_calls:
+            return VerdictKind.WAITING, f"{fewest} of {self._policy.min_calls} rows compared"
+        if any(one.share < least for one in self._agreement.values()):
+            return VerdictKind.WAITING, "too few rows to tell whether the outputs agree"
+        return kind, reason
+
+
+def upper_bound(agreed: int, rows: int, z: float = 5.0) -> float:
+    """Returns the upper end of Wilson's interval for a share (Wilson 1927), 1 without any rows.
+
+    ``z`` is as wide as it is because the bound is looked at several times a second.
+    """
+    if not rows:
+        return 1.0
+    share, n = agreed / rows, rows
+    middle = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle + spread) / (1 + z * z / n)
+
+
+def agreeing_rows(left: RawTensor, right: RawTensor | None) -> tuple[int, int]:
+    """Returns how many rows there are and how many are alike.
+
+    Rows of scores (floats in two dimensions) are alike if the same column is the highest; other floats
+    if every element is within 1% or 0.001; anything else if it is equal.
+    """
+    if right is None or left.shape != right.shape or left.dtype != right.dtype:
+        return (left.shape[0] if left.shape else 1), 0
+    first, second = (array_from_bytes(t.dtype, t.shape, t.data) for t in (left, right))
+    if not first.shape:
+        first, second = first[np.newaxis], second[np.newaxis]
+    first, second = first[:_MAX_ROWS], second[:_MAX_ROWS]
+    floats = np.issubdtype(first.dtype, np.floating) or left.dtype.name == "bfloat16"
+    if floats and first.ndim == 2 and first.shape[1] > 1:
+        same = first.argmax(axis=1) == second.argmax(axis=1)
+        same &= np.isfinite(first).all(axis=1) == np.isfinite(second).all(axis=1)
+        return len(first), int(same.sum())
+    flat = (first.reshape(len(first), -1), second.reshape(len(second), -1))
+    same = np.isclose(*flat, rtol=0.01, atol=0.001, equal_nan=True) if floats else flat[0] == flat[1]
+    return len(first), int(np.asarray(same).all(axis=1).sum())

@@ -1,0 +1,54 @@
+"""Whether the machine has a core to spare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from time import monotonic
+
+_LOOK_S = 0.25
+_LEAST_SPARE_CORES = 0.5
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class SpareTime:
+    """Looks at how busy the machine is, a few times a second at most.
+
+    What the machine is busy with on behalf of one process, given by its pid, counts as spare: it would
+    be idle without it.
+
+    Args:
+        pid: the process that uses the spare time; 0 for none.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._looked_at_s = monotonic()
+        self._before = (_idle_s(), _used_s(pid))
+        self._spare = False
+
+    def there_is(self) -> bool:
+        """Returns whether half a core was to spare when last looked; no before the first look."""
+        now = monotonic()
+        passed_s = now - self._looked_at_s
+        if passed_s >= _LOOK_S:
+            seen = (_idle_s(), _used_s(self._pid))
+            free_s = sum(after - before for after, before in zip(seen, self._before, strict=True))
+            self._spare = free_s / passed_s >= _LEAST_SPARE_CORES
+            self._looked_at_s, self._before = now, seen
+        return self._spare
+
+
+def _idle_s() -> float:
+    """Returns how long all cores together have been idle: the fourth and fifth number of /proc/stat (proc(5))."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return (int(fields[4]) + int(fields[5])) / _TICKS_PER_S
+
+
+def _used_s(pid: int) -> float:
+    """Returns the processor time of a process: utime and stime of /proc/pid/stat (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
