@@ -46,9 +46,9 @@ def register(app: typer.Typer) -> None:
 
 _HELP = """See and steer how versions come into service.
 
-All commands ask the server at --server. With --registry they work on the registry's
-folder itself, and every server on it follows; status then shows what is asked for,
-not what the servers do.
+All commands ask the server at --server. With --registry they work on the
+registry's folder, and every server on it follows; status then shows what is
+asked for, not what the servers do.
 
 Examples:
 
@@ -171,7 +171,8 @@ def rollback(
 ) -> None:
     """Reject the candidate, or the version in charge if no rollout is under way.
 
-    The version before it takes over; the rejected one is not tried again unless approved.
+    The version before it takes over; the rejected one is not tried again unless
+    it is approved.
 
     Examples:
 
@@ -222,9 +223,9 @@ def status(
 ) -> None:
     """Show a model's rollout: versions, shares, gates, rates and latencies beside each other.
 
-    With --watch the picture is live, or a line for each change where the output is no
-    terminal. It ends with the rollout: 0 if the version was promoted, 1 if it was
-    rejected or rolled back.
+    With --watch the picture is live, or a line for each change where the output
+    is no terminal. It ends with the rollout: 0 if the version was promoted, 1 if
+    it was rejected or rolled back.
 
     Examples:
 

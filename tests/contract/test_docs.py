@@ -64,10 +64,14 @@ def options() -> dict[str, set[str]]:
     """The options of every command, by its name."""
     group: Any = typer.main.get_command(make_app())
     shared = {"--help", "-h"}
-    return {
-        name: shared.union(*(parameter.opts + parameter.secondary_opts for parameter in command.params))
-        for name, command in group.commands.items()
-    }
+    return {name: shared.union(*options_of(command)) for name, command in group.commands.items()}
+
+
+def options_of(command: Any) -> Iterator[list[str]]:
+    """Yields the options of a command, and of those that it groups."""
+    yield from (parameter.opts + parameter.secondary_opts for parameter in command.params)
+    for child in getattr(command, "commands", {}).values():
+        yield from options_of(child)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)

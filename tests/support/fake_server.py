@@ -211,7 +211,10 @@ class FakeServer:
             self.changes.append((method, request))
             candidate = getattr(request, "version", 0)
             state = rollout_pb2.DesiredState(
-                generation=len(self.changes), stable_version=self.serving, candidate_version=candidate
+                generation=len(self.changes),
+                stable_version=self.serving,
+                candidate_version=candidate,
+                phase=rollout_pb2.PHASE_GATES if candidate else rollout_pb2.PHASE_UNSPECIFIED,
             )
             answer: bytes = getattr(rollout_pb2, f"{method}Response")(state=state).SerializeToString()
             return answer
