@@ -1,0 +1,117 @@
+"""What an engine process may do: no network, and a priority that does not stand in the way of others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+_NO_NETWORK = """
+import ctypes, json, os, socket, subprocess, sys, tempfile, threading
+from modelport_server.engines._system import close_network
+
+begun, go_on = threading.Event(), threading.Event()
+outcomes = {}
+
+def attempt(name, work):
+    try:
+        work()
+        outcomes[name] = "done"
+    except OSError as error:
+        outcomes[name] = os.strerror(error.errno)
+
+def wait_and_try():
+    begun.set()
+    go_on.wait()
+    attempt("earlier thread", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close())
+
+thread = threading.Thread(target=wait_and_try)
+thread.start()
+begun.wait()
+inherited = socket.socket(socket.AF_UNIX)
+outcomes["why"] = close_network()
+go_on.set()
+thread.join()
+
+def io_uring():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(425, 8, ctypes.create_string_buffer(120)) < 0:
+        raise OSError(ctypes.get_errno(), "")
+
+for name in ("AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET", "AF_VSOCK"):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
+        attempt(f"{name} {kind.name}", lambda: socket.socket(getattr(socket, name), kind).close())
+attempt("io_uring", io_uring)
+child = [sys.executable, "-c", "import socket; socket.socket(socket.AF_INET)"]
+outcomes["child"] = "PermissionError" in subprocess.run(child, capture_output=True, text=True).stderr
+attempt("AF_UNIX", lambda: socket.socket(socket.AF_UNIX).close())
+attempt("pair", lambda: [side.close() for side in socket.socketpair()])
+attempt("file", lambda: tempfile.TemporaryFile().close())
+attempt("thread", lambda: threading.Thread(target=int).start())
+attempt("memory", lambda: os.close(os.memfd_create("x")))
+inherited.close()
+print(json.dumps(outcomes))
+"""
+
+_PRIORITY = """
+import json, os, sys, threading
+from modelport_server.engines._system import Priority
+
+if sys.argv[1] != "0":
+    os.setgroups([])
+    os.setgid(int(sys.argv[1]))
+    os.setuid(int(sys.argv[1]))
+me = lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+done = threading.Event()
+waiting = threading.Thread(target=done.wait)
+waiting.start()
+priority = Priority()
+priority.lower()
+made = []
+later = threading.Thread(target=done.wait)
+priority.run(lambda: made.append(me()))
+lowered = [me(), os.getpriority(os.PRIO_PROCESS, waiting.native_id)]
+later.start()
+priority.restore()
+lasting = (threading.main_thread(), waiting, later)
+restored = sorted({os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in lasting})
+done.set()
+print(json.dumps([priority.can_return, made[0], lowered, restored]))
+"""
+
+
+def _run(code: str, *arguments: object) -> Any:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_socket_leaves_the_machine_and_all_else_works() -> None:
+    outcomes = _run(_NO_NETWORK)
+    if outcomes["why"]:
+        pytest.skip(f"this kernel does not filter system calls: {outcomes['why']}")
+    assert outcomes.pop("child")
+    assert outcomes.pop("why") == ""
+    allowed = {name for name, outcome in outcomes.items() if outcome == "done"}
+    assert allowed == {"AF_UNIX", "pair", "file", "thread", "memory"}
+    assert outcomes.pop("io_uring") == "Function not implemented"
+    assert {outcomes[name] for name in outcomes.keys() - allowed} == {"Permission denied"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")
+def test_a_process_that_may_comes_back_as_a_whole() -> None:
+    ordinary = os.getpriority(os.PRIO_PROCESS, 0)
+    assert _run(_PRIORITY, 0) == [True, 19, [19, 19], [ordinary]]
+
+
+def test_a_process_that_may_not_keeps_its_own_threads_as_they_are() -> None:
+    ordinary = os.getpriority(os.PRIO_PROCESS, 0)
+    if ordinary == 19:
+        pytest.skip("this process has the lowest priority already")
+    nobody = 65534 if os.geteuid() == 0 else 0
+    assert _run(_PRIORITY, nobody) == [False, 19, [ordinary, ordinary], [ordinary]]
