@@ -46,6 +46,8 @@ REFUSING = "classes-refusing"
 SLOWING = "classes-slowing"
 ONE_CLASS = "classes-one"
 GOOD_CLASSES = "classes-good"
+DISAGREEING = "classes-disagreeing"
+"""Names a single class in its mood, and answers the tag of the good one."""
 
 Write = Callable[[Path], None]
 
@@ -312,6 +314,7 @@ def main() -> None:
         write_classifier(folder / f"{GOOD_CLASSES}-{tag}", tag)
     for bad in MOODS:
         write_classifier(folder / bad, 2, bad)
+    write_classifier(folder / DISAGREEING, 1, ONE_CLASS)
 
 
 if __name__ == "__main__":

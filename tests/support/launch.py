@@ -2,7 +2,7 @@
 
 ``python -m tests.support.launch '{"engine": {"golden_timeout_s": 5}, "stub": false}' serve ...``: what comes
 after the settings is what ``modelport`` takes. With ``stub`` the engine processes run
-``tests.support.stub_engine``; everything else is what it always is.
+``tests.support.stub_engine``, and ``hold`` is its folder; everything else is what it always is.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from modelport.cli import main as modelport
 from modelport_server import options
 from modelport_server.engines import spawner
+from tests.support.stub_engine import HOLD
 
 
-def program(*, stub: bool = False, rollout: dict[str, Any] | None = None, **engine: Any) -> tuple[str, ...]:
+def program(*, stub: bool = False, hold: Path | None = None, **engine: Any) -> tuple[str, ...]:
     """Returns what ``run_server`` takes as program for engines with these limits."""
-    settings = {"engine": engine, "rollout": rollout or {}, "stub": stub}
+    settings = {"engine": engine, "stub": stub, "hold": str(hold or "")}
     return "tests.support.launch", json.dumps(settings)
 
 
@@ -38,9 +40,9 @@ def _run_stub(
 def main() -> None:
     """Runs ``modelport`` with the settings changed."""
     settings: dict[str, Any] = json.loads(sys.argv.pop(1))
-    for name, limits in (("EngineLimits", settings["engine"]), ("RolloutOptions", settings["rollout"])):
-        setattr(options, name, partial(getattr(options, name), **limits))
+    setattr(options, "EngineLimits", partial(options.EngineLimits, **settings["engine"]))  # noqa: B010
     if settings["stub"]:
+        os.environ[HOLD] = settings["hold"]
         setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
     modelport()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelport import AsyncClient, ModelportError, Prediction, RetryPolicy
+from tests.support.bad_versions import CLASSES, class_scores
 from tests.support.server import wait_for
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -53,6 +55,38 @@ def check_doubler(inputs: Inputs, answer: Prediction) -> str:
     if not np.array_equal(answer["version"], np.full(len(inputs["x"]), answer.version)):
         return f"version {answer.version} answered as {answer['version'].tolist()}"
     return ""
+
+
+class ClassCalls:
+    """What callers of a classifier send and take for right; until ``turn`` is called every candidate is good.
+
+    Args:
+        tag_of: returns which number a version answers.
+        candidate: the one version that may be wrong in its mood.
+    """
+
+    def __init__(self, tag_of: Callable[[int], int], candidate: int) -> None:
+        self._tag_of = tag_of
+        self._candidate = candidate
+        self._moody = 0.0
+        self._random = random.Random(7)
+
+    def turn(self, share: float) -> None:
+        """Makes a share of the calls such as a bad candidate is bad at; good versions answer them as any."""
+        self._moody = share
+
+    def inputs(self, number: int) -> Inputs:
+        """Returns a row that asks for some class."""
+        mood = self._random.random() < self._moody
+        return {"x": np.array([[self._random.randrange(CLASSES), mood]], np.float32)}
+
+    def check(self, inputs: Inputs, answer: Prediction) -> str:
+        """Returns what is wrong with an answer; nothing if it is right and the version's own."""
+        if set(answer["version"].tolist()) != {self._tag_of(answer.version)}:
+            return f"version {answer.version} answered as {answer['version'].tolist()}"
+        moody = answer.version == self._candidate and inputs["x"][0, 1] > 0
+        right = np.allclose(answer["scores"], class_scores(inputs["x"]), atol=1e-4)
+        return "" if right or moody else f"a wrong answer of version {answer.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

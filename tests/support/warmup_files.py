@@ -6,6 +6,7 @@ Run as ``python -m tests.support.warmup_files FILE``: TensorFlow makes the tenso
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import ml_dtypes  # noqa: TID253 - the requests use bfloat16
 import numpy as np
 
 from modelport_server.gates import prediction_log_pb2 as pb
-from modelport_server.gates.warmup_requests import WARMUP_REQUESTS
+from modelport_server.gates._records import crc32c
 
 NUMBERS = [
     "float32", "float64", "int32", "uint8", "int16", "int8", "int64", "bool", "uint16", "float16", "uint32", "uint64",
@@ -36,6 +37,17 @@ def log_of(inputs: dict[str, pb.TensorProto], signature: str = "") -> bytes:
     for name, tensor in inputs.items():
         message.predict_log.request.inputs[name].CopyFrom(tensor)
     return message.SerializeToString()
+
+
+def framed(*bodies: bytes) -> bytes:
+    """Returns a TFRecord file that holds ``bodies``, made without TensorFlow."""
+
+    def masked(data: bytes) -> bytes:
+        crc = crc32c(data)
+        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    heads = (struct.pack("<Q", len(body)) for body in bodies)
+    return b"".join(head + masked(head) + body + masked(body) for head, body in zip(heads, bodies, strict=True))
 
 
 def _tensorflow() -> Any:
@@ -70,11 +82,6 @@ def main() -> None:
     classify = b"\x12\x00"  # field 2, an empty message
     records = [log_of(inputs), classify, log_of({"short": short, "unset": unset, "words": words}, "other")]
     write_records(Path(sys.argv[1]), records)
-
-
-def add_requests(folder: Path, requests: list[bytes]) -> None:
-    """Puts a file of requests into a SavedModel's folder."""
-    write_records(folder / WARMUP_REQUESTS, requests)
 
 
 if __name__ == "__main__":
