@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import pytest
 from modelport_server.gates import prediction_log_pb2 as pb
 from modelport_server.gates._records import RecordError, crc32c, records
 from modelport_server.gates.warmup_requests import WarmUpRequestsError, read_warmup_log, read_warmup_requests
-from tests.support.warmup_files import ARRAYS, log_of
+from tests.support.warmup_files import ARRAYS, framed, log_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -25,15 +24,6 @@ def by_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-4000:]
     return path
-
-
-def _framed(*bodies: bytes) -> bytes:
-    def masked(data: bytes) -> bytes:
-        crc = crc32c(data)
-        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    heads = (struct.pack("<Q", len(body)) for body in bodies)
-    return b"".join(head + masked(head) + body + masked(body) for head, body in zip(heads, bodies, strict=True))
 
 
 def test_the_checksum_is_that_of_rfc_3720() -> None:
@@ -123,7 +113,7 @@ def test_what_no_caller_can_send(tmp_path: Path, edit: Edit, message: str) -> No
     tensor.tensor_shape.dim.add(size=2)
     edit(tensor)
     path = tmp_path / "requests"
-    path.write_bytes(_framed(log_of({"x": tensor})))
+    path.write_bytes(framed(log_of({"x": tensor})))
     limits = {"max_bytes": 1 << 20} if "1 MiB" in message else {}
     with pytest.raises(WarmUpRequestsError, match=message):
         read_warmup_requests(path, **limits)
@@ -131,7 +121,7 @@ def test_what_no_caller_can_send(tmp_path: Path, edit: Edit, message: str) -> No
 
 def test_limits(tmp_path: Path) -> None:
     path = tmp_path / "requests"
-    path.write_bytes(_framed(*[log_of({})] * 3))
+    path.write_bytes(framed(*[log_of({})] * 3))
     assert len(read_warmup_requests(path, max_requests=3)) == 3
     with pytest.raises(WarmUpRequestsError, match="warm-up request 3 can't be used: more than 2 are not allowed"):
         read_warmup_requests(path, max_requests=2)
@@ -141,6 +131,6 @@ def test_limits(tmp_path: Path) -> None:
 
 def test_a_record_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "requests"
-    path.write_bytes(_framed(log_of({}), b"\xff\xff\xff"))
+    path.write_bytes(framed(log_of({}), b"\xff\xff\xff"))
     with pytest.raises(WarmUpRequestsError, match="warm-up request 2 can't be used: it is no PredictionLog"):
         read_warmup_requests(path)
