@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from modelport_registry import Registry
+from modelport_registry import Registry, RolloutPolicy, Strategy
 from tests.support.saved_models import write_fake_saved_model
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,52 @@ removed = 0
 while registry.versions(model)[-1] < version:
     removed += len(registry.collect_garbage(model, keep=2, staging_age_s=0).removed.get(model, ()))
 say(removed)
+"""
+# Has the state changed by whoever comes first, generation after generation.
+RACE = """
+from dataclasses import replace
+from modelport_registry import ConflictError
+won = []
+for generation in range(version):
+    while registry.state(model).generation < generation:
+        pass
+    try:
+        registry.change(
+            model,
+            lambda state: replace(state, considered=state.considered + 1),
+            action="raced",
+            reason=str(generation),
+            expected_generation=generation,
+        )
+        won.append(generation)
+    except ConflictError:
+        pass
+say(won)
+"""
+# What a server does: it looks, comes to a decision that all of them come to, and writes it if it is the first.
+DECIDE = """
+import uuid
+from datetime import UTC, datetime
+from modelport_registry import ConflictError, Phase, transitions
+decided = 0
+while registry.state(model).last is None:
+    state, now = registry.state(model), datetime.now(UTC)
+    found, rollout = transitions.candidate(state, registry.versions(model)), state.rollout
+    if found is not None:
+        action, begin = "started", dict(rollout_id=uuid.uuid4().hex, now=now, actor="a server")
+        act = lambda state: transitions.start(state, found, **begin)
+    elif rollout is None:
+        continue
+    elif rollout.phase is Phase.WATCH:
+        action, act = "completed", lambda state: transitions.complete(state, now)
+    else:
+        action, act = f"advanced from {rollout.phase} {rollout.step}", transitions.advance
+    try:
+        registry.change(model, act, action=action, version=2, expected_generation=state.generation)
+        decided += 1
+    except ConflictError:
+        pass
+say(decided)
 """
 
 
@@ -155,6 +201,43 @@ def test_of_eight_publishers_of_one_number_one_wins(root: Path, source: Path) ->
     assert registry.versions(MODEL) == [5]
     registry.verify(MODEL, 5)
     assert list((root / MODEL / ".staging").iterdir()) == []
+
+
+def test_each_generation_is_made_by_exactly_one_of_eight(root: Path, source: Path) -> None:
+    registry, generations = Registry(root), 40
+    registry.publish(MODEL, source)
+    workers = [Worker(RACE, root, source, generations) for _ in range(PUBLISHERS)]
+    with working(*workers):
+        for worker in workers:
+            worker.go()
+        won = [generation for worker in workers for generation in worker.hear()]
+    assert sorted(won) == list(range(generations))
+    state = registry.state(MODEL)
+    assert (state.generation, state.considered) == (generations, generations)
+    raced = [int(entry.reason) for entry in registry.journal(MODEL) if entry.action == "raced"]
+    assert raced == list(range(generations))
+
+
+def test_eight_servers_decide_a_rollout_once(root: Path, source: Path) -> None:
+    registry = Registry(root)
+    for _ in range(2):
+        registry.publish(MODEL, source)
+    registry.pin(MODEL, 1)
+    registry.unpin(MODEL)
+    registry.set_policy(MODEL, RolloutPolicy(strategy=(Strategy.CANARY,)))
+    workers = [Worker(DECIDE, root, source) for _ in range(PUBLISHERS)]
+    with working(*workers):
+        for worker in workers:
+            worker.go()
+        decided = sum(worker.hear() for worker in workers)
+    actions = [entry.action for entry in registry.journal(MODEL)][-decided:]
+    assert actions == [
+        "started",
+        "advanced from gates 0",
+        *(f"advanced from step {step}" for step in range(3)),
+        "completed",
+    ]
+    assert registry.state(MODEL).aliases == {"stable": 2}
 
 
 @pytest.mark.parametrize("end", ["leaves", "is killed"])
