@@ -78,11 +78,15 @@ def _mentioned(attributes: Mapping[str, pb.AttrValue]) -> Iterator[str]:
     pending = list(attributes.values())
     while pending:
         value = pending.pop()
-        for function in (value.func, *value.list.func):
+        functions = [value.func] if value.HasField("func") else []
+        texts = [value.s] if value.s else []
+        if value.HasField("list"):
+            functions.extend(value.list.func)
+            texts.extend(value.list.s)
+        for function in functions:
             yield function.name
             pending.extend(function.attr.values())
-        for text in (value.s, *value.list.s):
-            yield text.decode("utf-8", "replace")
+        yield from (text.decode("utf-8", "replace") for text in texts)
 
 
 def _savers(message: pb.MetaGraph) -> Iterator[Saver]:
