@@ -101,7 +101,7 @@ async def test_a_slower_version_fails_with_one_line() -> None:
     assert result.outcome is Outcome.FAILED
     assert result.reason == (
         "signature 'f' takes 980 us per row with 1 row together, the stable version 220 us: 4.5 times as long, "
-        "4.5 times the processor time (at most 2); if that is fine: modelport policy MODEL --max-speed-ratio"
+        "4.5 times the processor time (at most 2); if that is fine: modelport policy MODEL --max-speed-ratio RATIO"
     )
 
 

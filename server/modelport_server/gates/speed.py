@@ -174,7 +174,7 @@ class _Case:
             f"signature {shown(self.signature)} takes {_wall(self.candidate) / self.rows:.0f} us per row with "
             f"{rows} together, the stable version {_wall(self.stable) / self.rows:.0f} us: {self.ratio:.1f} times as "
             f"long, {self.cpu_ratio:.1f} times the processor time (at most {max_ratio:g}); "
-            "if that is fine: modelport policy MODEL --max-speed-ratio"
+            "if that is fine: modelport policy MODEL --max-speed-ratio RATIO"
         )
 
 
