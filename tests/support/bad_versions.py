@@ -8,8 +8,8 @@ There are two families:
 - doublers take x float32 [n, 4] and answer y = 2x and version int64 [n], the tag that they were written with.
   ``bad_golden`` is what they are published with. Most are bad from the start.
 - classifiers take x float32 [n, 2], the class to name and a mood, and answer scores float32 [n, 10] and
-  version int64 [n]. While the mood is 0, as in ``class_golden``, all are good; while it is 1, the good one
-  still is.
+  version string [n], the tag: a number would be taken for a class. While the mood is 0, as in
+  ``class_golden``, all are good; while it is 1, the good one still is.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def bad_golden(name: str, tag: int) -> Golden:
 def class_golden(tag: int) -> Golden:
     """Returns what any classifier answers while the mood is 0."""
     x = np.stack([np.arange(2 * CLASSES) % CLASSES, np.zeros(2 * CLASSES)], axis=1).astype(np.float32)
-    version = np.full(len(x), tag, np.int64)
+    version = np.full(len(x), f"{tag}".encode(), object)
     return Golden("serving_default", {"x": x}, {"scores": class_scores(x), "version": version})
 
 
@@ -296,7 +296,7 @@ def write_classifier(path: Path, tag: int, bad: str = GOOD_CLASSES) -> None:
             zero += parts.nothing(tf.reduce_max(tf.fill([size], zero)))
         with tf.control_dependencies(checks):
             scores = tf.nn.softmax(tf.one_hot(named, CLASSES) * 4.0) + zero
-        return {"scores": scores, "version": tf.fill([tf.shape(x)[0]], tf.constant(tag, tf.int64))}
+        return {"scores": scores, "version": tf.fill([tf.shape(x)[0]], tf.constant(f"{tag}"))}
 
     _save(parts, path, classify, 2)
 

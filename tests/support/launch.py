@@ -2,7 +2,8 @@
 
 ``python -m tests.support.launch '{"engine": {"golden_timeout_s": 5}, "stub": false}' serve ...``: what comes
 after the settings is what ``modelport`` takes. With ``stub`` the engine processes run
-``tests.support.stub_engine``, and ``hold`` is its folder; everything else is what it always is.
+``tests.support.stub_engine``, whose folder is ``hold``, and their speed is measured for an instant only;
+everything else is what it always is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from typing import Any
 from modelport.cli import main as modelport
 from modelport_server import options
 from modelport_server.engines import spawner
+from modelport_server.gates.speed import compare_speed
+from modelport_server.rollout import model
 from tests.support.stub_engine import HOLD
+
+_SPEED_S = 0.01
+"""What a stub's speed is measured for: all are alike, and thousands of seconds would be lost."""
 
 
 def program(*, stub: bool = False, hold: Path | None = None, **engine: Any) -> tuple[str, ...]:
@@ -44,6 +50,7 @@ def main() -> None:
     if settings["stub"]:
         os.environ[HOLD] = settings["hold"]
         setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
+        setattr(model, "compare_speed", partial(compare_speed, budget_s=_SPEED_S))  # noqa: B010
     modelport()
 
 

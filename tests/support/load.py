@@ -48,11 +48,16 @@ def doubler_inputs(number: int) -> Inputs:
     return {"x": (np.arange(rows * 4, dtype=np.float32) + number % 100_000).reshape(rows, 4)}
 
 
+def tags_of(answer: Prediction) -> set[int]:
+    """Returns which versions the rows of an answer say that they are of."""
+    return {int(tag) for tag in answer["version"].tolist()}
+
+
 def check_doubler(inputs: Inputs, answer: Prediction) -> str:
     """Returns what is wrong with a doubler's answer; nothing if it is right and the version's own."""
     if not np.array_equal(answer["y"], inputs["x"] * 2):
         return f"a wrong answer of version {answer.version}"
-    if not np.array_equal(answer["version"], np.full(len(inputs["x"]), answer.version)):
+    if tags_of(answer) != {answer.version}:
         return f"version {answer.version} answered as {answer['version'].tolist()}"
     return ""
 
@@ -82,7 +87,7 @@ class ClassCalls:
 
     def check(self, inputs: Inputs, answer: Prediction) -> str:
         """Returns what is wrong with an answer; nothing if it is right and the version's own."""
-        if set(answer["version"].tolist()) != {self._tag_of(answer.version)}:
+        if tags_of(answer) != {self._tag_of(answer.version)}:
             return f"version {answer.version} answered as {answer['version'].tolist()}"
         moody = answer.version == self._candidate and inputs["x"][0, 1] > 0
         right = np.allclose(answer["scores"], class_scores(inputs["x"]), atol=1e-4)

@@ -28,14 +28,14 @@ HOLD = "MODELPORT_TEST_HOLD"
 """The environment variable that names the folder of hold files."""
 
 SIGNATURES: Mapping[str, tuple[Tensors, Tensors]] = {
-    SERVING_DEFAULT: ({"x": ("float32", [None, 4])}, {"y": ("float32", [None, 4]), "version": ("int64", [None])}),
+    SERVING_DEFAULT: ({"x": ("float32", [None, 4])}, {"y": ("float32", [None, 4]), "version": ("string", [None])}),
 }
 _MOODY = " moody"
 _POLL_S = 0.01
 
 
 def write_stub(folder: Path, tag: int, *, moody: bool = False) -> Path:
-    """Writes what ``StubEngine`` takes for a SavedModel; it answers as ``write_versioned_model``'s do.
+    """Writes what ``StubEngine`` takes for a SavedModel; it answers y = 2x and version string [n], the tag.
 
     One that is moody fails on rows below zero.
     """
@@ -50,7 +50,7 @@ def stub_variables(tag: int, *, moody: bool = False) -> bytes:
 def stub_golden(tag: int) -> Golden:
     """Returns what the stub with a tag answers."""
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
-    return Golden(SERVING_DEFAULT, {"x": x}, {"y": x * 2, "version": np.full(2, tag, np.int64)})
+    return Golden(SERVING_DEFAULT, {"x": x}, {"y": x * 2, "version": np.full(2, f"{tag}".encode(), object)})
 
 
 def hold_file(folder: Path, version: int, gate: str) -> Path:
@@ -83,7 +83,7 @@ class StubEngine:
         assert signature == SERVING_DEFAULT
         if self._moody and (inputs["x"] < 0).any():
             raise EngineError("it is in a bad mood")
-        return {"y": inputs["x"] * 2, "version": np.full(len(inputs["x"]), self._tag, np.int64)}
+        return {"y": inputs["x"] * 2, "version": np.full(len(inputs["x"]), f"{self._tag}".encode(), object)}
 
 
 def _hold(version: int, gate: str) -> None:
