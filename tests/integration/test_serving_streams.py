@@ -15,6 +15,7 @@ from modelport.tensors import decode
 from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Golden, Registry
 from tests.conftest import versioned_golden
+from tests.support.rollouts import AT_ONCE
 from tests.support.rpc import Stream, call, engines, footprint, open_channel, request, wait_back
 from tests.support.server import ServerProcess, run_server, wait_for
 
@@ -145,8 +146,9 @@ def test_a_call_larger_than_a_batch_in_a_stream(channel: grpc.Channel) -> None:
         _check(stream.ask(_message(2, rows=1)), 2)
 
 
-def test_pinned_streams_stay_and_followers_move(server: ServerProcess, publish: Publish) -> None:
+def test_pinned_streams_stay_and_followers_move(server: ServerProcess, scratch: Path, publish: Publish) -> None:
     publish("moving", 1)
+    Registry(scratch / "registry").set_policy("moving", AT_ONCE)
     server.wait_serving("moving", 1)
     with (
         open_channel(server.address) as channel,

@@ -212,13 +212,13 @@ def _bring_in(snapshot: ModelSnapshot) -> Action | None:
     beside = [other for other, version in versions.items() if version.state in LOADED and other not in kept]
     if number in kept or len(beside) < snapshot.max_beside_stable:
         return Action(Verb.LOAD, number)
-    draining = [n for n in beside if versions[n].state is State.DRAINING]
-    if any(versions[n].streams_ended for n in draining):
-        return None  # there will be room soon
-    if draining:
-        return Action(Verb.END_STREAMS, max(draining, key=lambda n: versions[n].age_s))
     warm = _kept_warm(snapshot)
-    return Action(Verb.DRAIN, warm) if warm in beside else None
+    if warm in beside and versions[warm].state is State.AVAILABLE:
+        return Action(Verb.DRAIN, warm)
+    draining = [n for n in beside if versions[n].state is State.DRAINING]
+    if not draining or any(versions[n].streams_ended or not versions[n].streams for n in draining):
+        return None  # there will be room soon
+    return Action(Verb.END_STREAMS, max(draining, key=lambda n: versions[n].age_s))
 
 
 def _may_load(version: VersionSnapshot | None) -> bool:
