@@ -254,6 +254,13 @@ def test_many_operations_are_told_in_one_line() -> None:
         check_safety(message.SerializeToString())
 
 
+def test_what_is_allowed_already_stays_allowed() -> None:
+    message = pb.SavedModel()
+    message.meta_graphs.add().graph_def.node.add(name="n", op="Own")
+    with pytest.raises(UnsafeModelError, match="modelport policy MODEL --allow-op Mine --allow-op Own$"):
+        check_safety(message.SerializeToString(), allow_ops=("Mine",))
+
+
 def test_what_is_no_graph_is_refused() -> None:
     with pytest.raises(InvalidModelError, match="damaged or not a SavedModel"):
         read_graph(b"\xff\xff not protobuf")

@@ -48,7 +48,7 @@ def check_safety(saved_model: bytes, allow_ops: Collection[str] = ()) -> dict[st
         for finding in _findings(graph, trusted):
             found.setdefault(finding.op, finding)
     if found:
-        raise UnsafeModelError(_text(list(found.values())))
+        raise UnsafeModelError(_text(list(found.values()), trusted))
     nodes = [node for graph in graphs for _, nodes in _places(graph) for node in nodes]
     functions = sum(len(graph.functions) for graph in graphs)
     return {"operations": len({node.op for node in nodes}), "nodes": len(nodes), "functions": functions}
@@ -164,14 +164,15 @@ def _closure(functions: Mapping[str, GraphFunction], names: Iterable[str]) -> fr
     return frozenset(reached)
 
 
-def _text(findings: list[_Finding]) -> str:
+def _text(findings: list[_Finding], trusted: Collection[str]) -> str:
     first = findings[0]
     where = f"function {shown(first.function)}" if first.function else "the graph itself"
     node = f", node {shown(first.node)}" if first.node else ""
     others = ", ".join(shown(finding.op) for finding in findings[1:_SHOWN_OPERATIONS])
     more = f", and {len(findings) - _SHOWN_OPERATIONS} more" if len(findings) > _SHOWN_OPERATIONS else ""
     also = f"; it also has {others}{more}" if others else ""
-    options = " ".join(f"--allow-op {_quoted(finding.op)}" for finding in findings[:_SHOWN_OPERATIONS])
+    allowed = [*sorted(trusted), *(finding.op for finding in findings[:_SHOWN_OPERATIONS])]  # it sets the whole list
+    options = " ".join(f"--allow-op {_quoted(op)}" for op in allowed)
     return (
         f"the operation {shown(first.op)} in {where}{node} {first.why}{also}; "
         f"if you trust the model: modelport policy MODEL {options}"
