@@ -257,7 +257,7 @@ def test_many_operations_are_told_in_one_line() -> None:
 def test_what_is_allowed_already_stays_allowed() -> None:
     message = pb.SavedModel()
     message.meta_graphs.add().graph_def.node.add(name="n", op="Own")
-    with pytest.raises(UnsafeModelError, match="modelport policy MODEL --allow-op Mine --allow-op Own$"):
+    with pytest.raises(UnsafeModelError, match=r"modelport policy MODEL --allow-op Mine --allow-op Own$"):
         check_safety(message.SerializeToString(), allow_ops=("Mine",))
 
 
