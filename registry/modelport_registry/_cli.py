@@ -16,7 +16,7 @@ from modelport_registry._errors import IntegrityError, RegistryError
 from modelport_registry._json import JSON
 
 if TYPE_CHECKING:
-    from modelport_registry import Golden, Manifest, Registry, SignatureSpec, TensorSpec
+    from modelport_registry import Golden, Manifest, Registry, SignatureSpec, State, TensorSpec
 
 _PANEL = "Registry"
 _SHOWN_SIGNATURE_TENSORS = 8
@@ -28,7 +28,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 ModelArgument = Annotated[str, typer.Argument(help="The model's name.")]
 VersionArgument = Annotated[str | None, typer.Argument(help="A version's number, or an alias.")]
 
-_DEFAULT_ROOT = Path("models")
+DEFAULT_ROOT = Path("models")
 
 
 def register(app: typer.Typer) -> None:
@@ -43,13 +43,16 @@ def register(app: typer.Typer) -> None:
         ("journal", journal),
     ):
         app.command(name, rich_help_panel=_PANEL)(command)
+    from modelport_registry import _cli_policy
+
+    _cli_policy.register(app)
     _cli_rollout.register(app)
 
 
 def publish(
     model: ModelArgument,
     folder: Annotated[Path, typer.Argument(help="The SavedModel's folder.")],
-    registry: RegistryOption = _DEFAULT_ROOT,
+    registry: RegistryOption = DEFAULT_ROOT,
     golden: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +65,7 @@ def publish(
     metric: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER; again for more.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A word of your own; again for more.")] = None,
     alias: Annotated[
-        list[str] | None, typer.Option(help="An alias to point at the new version; again for more.")
+        list[str] | None, typer.Option(help="An alias to point at the new version; again for more. stable pins it.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="A folder to keep with the version.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a hyper-parameter; again for more.")] = None,
@@ -89,7 +92,7 @@ def publish(
 
     Examples:
 
-        modelport publish mnist ./export --golden golden.npz --alias stable
+        modelport publish mnist ./export --golden golden.npz
 
         modelport publish mnist ./export --metric accuracy=0.991 --json
 
@@ -130,7 +133,7 @@ def publish(
         _print(f"{model} version {result.version} is in charge")
 
 
-def models(registry: RegistryOption = _DEFAULT_ROOT, as_json: JsonOption = False) -> None:
+def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False) -> None:
     """List the models of a registry.
 
     Examples:
@@ -164,7 +167,7 @@ def models(registry: RegistryOption = _DEFAULT_ROOT, as_json: JsonOption = False
 def show(
     model: ModelArgument,
     version: VersionArgument = None,
-    registry: RegistryOption = _DEFAULT_ROOT,
+    registry: RegistryOption = DEFAULT_ROOT,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's versions, or all about one of them.
@@ -181,7 +184,7 @@ def show(
 
     store = Registry(registry)
     if version is not None:
-        manifest = store.manifest(model, _resolve(store, model, version))
+        manifest = store.manifest(model, resolve(store, model, version))
         if as_json:
             _print_json(_manifest_document(manifest))
         else:
@@ -220,7 +223,7 @@ def show(
 def check(
     model: ModelArgument,
     version: VersionArgument = None,
-    registry: RegistryOption = _DEFAULT_ROOT,
+    registry: RegistryOption = DEFAULT_ROOT,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a version, or of all versions, against what was published.
@@ -237,7 +240,7 @@ def check(
     from modelport_registry import Registry
 
     store = Registry(registry)
-    wanted = _resolve(store, model, version) if version is not None else None
+    wanted = resolve(store, model, version) if version is not None else None
     store.resolve(model, version=wanted)
     rows: list[dict[str, JSON]] = []
     for number in store.versions(model) if wanted is None else [wanted]:
@@ -264,7 +267,7 @@ def alias(
     version: Annotated[
         str | None, typer.Argument(help="The version to point it at: a number, or another alias.")
     ] = None,
-    registry: RegistryOption = _DEFAULT_ROOT,
+    registry: RegistryOption = DEFAULT_ROOT,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
     expected_generation: Annotated[
         int | None, typer.Option(help="Change nothing unless the state has this generation.")
@@ -273,7 +276,9 @@ def alias(
 ) -> None:
     """Point an alias at a version; show it when no version is given.
 
-    Callers that name nothing get the version that the alias stable points at.
+    Callers that name nothing get the version that the alias stable points at. To set
+    stable by hand pins that version, as modelport pin does: nothing is rolled out by
+    itself until the pin is off.
 
     Examples:
 
@@ -293,19 +298,23 @@ def alias(
     elif version is None:
         number, state = store.resolve(model, alias=alias), store.state(model)
     else:
-        number = _resolve(store, model, version)
+        number = resolve(store, model, version)
         state = store.set_alias(model, alias, number, expected_generation=expected_generation)
     if as_json:
         _print_json({"model": model, "alias": alias, "version": number, "generation": state.generation})
     elif number is None:
         _print(f"{model} has no alias {alias} any more")
     else:
-        _print(f"{model} {alias} is version {number}")
+        _print(f"{model} {alias} is version {number}{_pinned(state, alias)}")
+
+
+def _pinned(state: State, alias: str) -> str:
+    return ", pinned" if alias == "stable" and state.pin is not None else ""
 
 
 def collect_garbage(
     model: Annotated[str | None, typer.Argument(help="The model's name; all models else.")] = None,
-    registry: RegistryOption = _DEFAULT_ROOT,
+    registry: RegistryOption = DEFAULT_ROOT,
     keep: Annotated[int, typer.Option(help="How many of the highest versions stay in any case.")] = 3,
     staging_age: Annotated[
         float, typer.Option(help="Spare leftovers of publishes that are younger than this, in seconds.")
@@ -348,14 +357,18 @@ def collect_garbage(
 
 def journal(
     model: ModelArgument,
-    registry: RegistryOption = _DEFAULT_ROOT,
+    registry: RegistryOption = DEFAULT_ROOT,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one entry a line.")] = False,
 ) -> None:
     """Print what was done to a model, when, by whom and why.
 
+    --json has all of it: the figures of every gate, and the numbers behind every decision.
+
     Examples:
 
         modelport journal mnist
+
+        modelport journal mnist --json
     """
     from modelport_registry import Registry
 
@@ -386,9 +399,20 @@ def journal(
             "" if entry.version is None else str(entry.version),
             entry.actor,
             entry.reason,
-            " ".join(f"{name}={value}" for name, value in entry.details.items()),
+            " ".join(_detail(name, value) for name, value in entry.details.items()),
         )
     table.print()
+
+
+def _detail(name: str, value: JSON) -> str:
+    """Returns a detail in a few characters; what does not fit is in the JSON."""
+    if name == "stable" and isinstance(value, Mapping):
+        return f"stable={value.get('before') or 'none'}->{value.get('after') or 'none'}"
+    if name.endswith("sha256"):
+        return f"{name}={str(value)[:12]}"
+    if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
+        return f"{name}=({len(value)})"
+    return f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
 
 
 class _Table:
@@ -458,7 +482,7 @@ def _manifest_document(manifest: Manifest) -> dict[str, JSON]:
     return document
 
 
-def _resolve(store: Registry, model: str, text: str) -> int:
+def resolve(store: Registry, model: str, text: str) -> int:
     if text.isascii() and text.isdigit():
         return store.resolve(model, version=int(text))
     return store.resolve(model, alias=text)

@@ -14,7 +14,8 @@ from modelport_registry._json import JSON, Fields
 
 _MAX_SECONDS = 30 * 86_400.0
 _MAX_STEPS = 100
-_STEP = re.compile(r"(\d+(?:\.\d+)?)%:(\d+(?:\.\d+)?)(s|m|h)")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -132,13 +133,13 @@ class RolloutPolicy:
                 steps.extend(self.canary_steps)
         return tuple(steps)
 
-    def to_json(self) -> dict[str, JSON]:
-        """Returns what differs from the defaults, as it is written."""
+    def to_json(self, *, whole: bool = False) -> dict[str, JSON]:
+        """Returns what differs from the defaults, as it is written; with ``whole`` everything."""
         default = RolloutPolicy()
         document: dict[str, JSON] = {}
         for one in fields(self):
             value = getattr(self, one.name)
-            if value != getattr(default, one.name):
+            if whole or value != getattr(default, one.name):
                 document[one.name] = _plain(value)
         return document
 
@@ -243,7 +244,38 @@ def parse_step(text: str) -> Step:
     Raises:
         RegistryError: if it is something else.
     """
-    match = _STEP.fullmatch(text.strip())
+    share, _, duration = text.partition(":")
+    try:
+        return Step(StepKind.CANARY, parse_share(share), parse_duration(duration))
+    except _TextError:
+        raise RegistryError(
+            f"{shown(text)} is no step: write a share and a time, such as 10%:60s, 10%:5m or 50%:1h"
+        ) from None
+
+
+def parse_share(text: str) -> float:
+    """Returns the share, 0 to 1, that a text such as ``10%`` stands for.
+
+    Raises:
+        RegistryError: if it is something else.
+    """
+    match = _SHARE.fullmatch(text.strip())
     if match is None:
-        raise RegistryError(f"{shown(text)} is no step: write a share and a time, such as 10%:60s, 10%:5m or 50%:1h")
-    return Step(StepKind.CANARY, float(match[1]) / 100, float(match[2]) * _UNIT_S[match[3]])
+        raise _TextError(f"{shown(text)} is no share: write it such as 10% or 0.5%")
+    return float(match[1]) / 100
+
+
+def parse_duration(text: str) -> float:
+    """Returns the seconds that a text such as ``60s``, ``5m`` or ``1h`` stands for.
+
+    Raises:
+        RegistryError: if it is something else.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise _TextError(f"{shown(text)} is no time: write it such as 60s, 5m or 1h")
+    return float(match[1]) * _UNIT_S[match[2]]
+
+
+class _TextError(RegistryError):
+    """A text that can't be read."""

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from modelport.exceptions import ModelportError
-from modelport_registry import Registry
+from modelport_registry import JSON, Registry
 from modelport_registry._cli import register
 from tests.support.saved_models import SERVING_DEFAULT, write_fake_saved_model
 
@@ -183,8 +183,8 @@ def test_verify(run: Run, registry: Registry, model: Path) -> None:
 def test_alias(run: Run, registry: Registry, model: Path) -> None:
     for _ in range(2):
         registry.publish(MODEL, model)
-    assert run("alias", MODEL, "stable", "1").stdout == "digits stable is version 1\n"
-    assert run("alias", MODEL, "stable").stdout == "digits stable is version 1\n"
+    assert run("alias", MODEL, "stable", "1").stdout == "digits stable is version 1, pinned\n"
+    assert run("alias", MODEL, "stable").stdout == "digits stable is version 1, pinned\n"
     assert document(run("alias", MODEL, "canary", "2", "--json"))["generation"] == 2
     run("alias", MODEL, "stable", "canary", "--expected-generation", "2")
     assert registry.resolve(MODEL) == 2
@@ -192,6 +192,91 @@ def test_alias(run: Run, registry: Registry, model: Path) -> None:
     assert run("alias", MODEL, "canary", "--delete").exit_code == 0
     assert registry.state(MODEL).aliases == {"stable": 2}
     assert "not both" in mistake(run("alias", MODEL, "stable", "1", "--delete"))
+
+
+def test_pin(run: Run, registry: Registry, model: Path) -> None:
+    for _ in range(2):
+        registry.publish(MODEL, model)
+    assert "no version is in charge yet" in mistake(run("pin", MODEL))
+    assert run("pin", MODEL, "1", "--reason", "a freeze").stdout == "digits is pinned to version 1\n"
+    assert registry.journal(MODEL)[-1].reason == "a freeze"
+    assert document(run("pin", MODEL, "--json")) == {"model": MODEL, "pinned": 1, "generation": 1}
+    registry.set_alias(MODEL, "best", 2)
+    assert run("pin", MODEL, "best").stdout == "digits is pinned to version 2\n"
+    assert "not both" in mistake(run("pin", MODEL, "2", "--remove"))
+    assert run("pin", MODEL, "--remove").stdout == "digits is not pinned any more\n"
+    assert (registry.state(MODEL).pin, registry.resolve(MODEL)) == (None, 2)
+    assert "no version 3" in mistake(run("pin", MODEL, "3"))
+    assert "no model 'other'" in mistake(run("pin", "other", "--remove"))
+
+
+def test_policy(run: Run, registry: Registry, model: Path) -> None:
+    registry.publish(MODEL, model)
+    assert run("policy", MODEL).stdout.splitlines()[:2] == [
+        "strategy                 immediate  (default)",
+        "canary_steps             1%:60s 10%:60s 50%:60s  (default)",
+    ]
+    assert registry.state(MODEL).generation == 0
+    arguments = [
+        "--strategy", "shadow+canary", "--step", "1%:5m", "--step", "25%:1h", "--watch", "90s", "--min-calls", "7",
+        "--shadow-share", "50%", "--allow-op", "ReadFile", "--allow-signature-changes", "--reason", "a test",
+    ]  # fmt: skip
+    rules = document(run("policy", MODEL, *arguments, "--json"))["policy"]
+    assert rules["strategy"] == ["shadow", "canary"]
+    assert [(step["share"], step["bake_s"]) for step in rules["canary_steps"]] == [(0.01, 300), (0.25, 3600)]
+    policy = registry.state(MODEL).policy
+    assert (policy.watch_s, policy.min_calls, policy.shadow_share, policy.allow_ops) == (90, 7, 0.5, ("ReadFile",))
+    assert policy.allow_signature_changes
+    assert registry.journal(MODEL)[-1].reason == "a test"
+    said = run("policy", MODEL, "--refuse-signature-changes").stdout.splitlines()
+    assert said[1] == "canary_steps             1%:300s 25%:3600s"
+    assert "allow_signature_changes  no  (default)" in said
+    assert registry.state(MODEL).policy.min_calls == 7
+    assert "(default)" in run("policy", MODEL, "--reset", "--strategy", "manual").stdout.splitlines()[1]
+    assert registry.state(MODEL).policy.manual
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "fast"], "'fast' is no strategy"),
+        (["--step", "10%"], "'10%' is no step"),
+        (["--step", "200%:1s"], "at most 100%"),
+        (["--watch", "60"], "'60' is no time: write it such as 60s, 5m or 1h"),
+        (["--shadow-share", "0.5"], "'0.5' is no share: write it such as 10%"),
+        (["--min-calls", "0"], "min_calls must be in"),
+        (["--max-latency-ratio", "nan"], "max_latency_ratio must be in"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_a_mistake(
+    run: Run, registry: Registry, model: Path, arguments: list[str], message: str
+) -> None:
+    registry.publish(MODEL, model)
+    assert message in mistake(run("policy", MODEL, *arguments))
+    assert registry.state(MODEL).generation == 0
+
+
+def test_the_journal_says_in_short_what_its_json_says_in_full(run: Run, registry: Registry, model: Path) -> None:
+    for _ in range(2):
+        registry.publish(MODEL, model)
+    registry.pin(MODEL, 1, actor="ann", reason="a freeze")
+    gates: JSON = [{"gate": "golden", "outcome": "failed", "figures": {"worst": 0.5}}]
+    registry.record(MODEL, "rejected", version=2, reason="golden: off", details={"gates": gates, "phase_age_s": 1 / 3})
+    pinned, rejected = run("journal", MODEL).stdout.splitlines()[-2:]
+    assert "pinned" in pinned
+    assert "ann" in pinned
+    assert "a freeze" in pinned
+    assert "stable=none->1" in pinned
+    digest = registry.journal(MODEL)[-2].details["manifest_sha256"]
+    assert f"manifest_sha256={str(digest)[:12]}" in pinned.split()
+    assert "gates=(1) phase_age_s=0.333333" in rejected
+    entries = document(run("journal", MODEL, "--json"))
+    assert entries[-1]["details"]["gates"] == gates
+    assert (entries[-2]["actor"], entries[-2]["version"], entries[-2]["details"]["manifest_sha256"]) == (
+        "ann",
+        1,
+        digest,
+    )
 
 
 def test_gc(run: Run, registry: Registry, model: Path) -> None:
@@ -208,7 +293,7 @@ def test_gc(run: Run, registry: Registry, model: Path) -> None:
     assert "at least 1" in mistake(run("gc", "--keep", "0"))
 
 
-@pytest.mark.parametrize("command", ["publish", "models", "show", "check", "alias", "gc", "journal"])
+@pytest.mark.parametrize("command", ["publish", "models", "show", "check", "alias", "pin", "policy", "gc", "journal"])
 def test_every_command_has_examples(run: Run, command: str) -> None:
     said = run(command, "--help").stdout
     assert f"modelport {command}" in said
