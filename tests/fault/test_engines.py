@@ -18,6 +18,7 @@ import psutil
 from modelport.v1 import model_pb2, model_pb2_grpc
 from modelport_registry import Golden, Published, Registry
 from tests.conftest import versioned_golden
+from tests.support.bad_versions import bad_golden
 from tests.support.rollouts import AT_ONCE
 from tests.support.rpc import Stream, call, canary, engines, open_channel, request, start
 from tests.support.server import ServerProcess, run_server, wait_for
@@ -100,26 +101,33 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path: Path, publish_tag: 
         assert server.stop() == 0
 
 
+def _publish_bad(root: Path, bad_versions: Path, name: str) -> int:
+    """Publishes a bad version that has the signatures of ``publish_tag``; returns its number."""
+    return Registry(root).publish("toy", bad_versions / name, golden=[bad_golden(name, 2)]).version
+
+
 def test_an_engine_killed_while_it_loads_is_rejected_and_the_old_version_serves_on(
-    tmp_path: Path, publish_tag: Publish
+    tmp_path: Path, publish_tag: Publish, bad_versions: Path
 ) -> None:
     root = tmp_path / "registry"
     publish_tag(root, "toy", 1)
     with _serving(tmp_path) as server, canary(server.address, "toy", 1):
         old = _one_engine(server)
-        publish_tag(root, "toy", 2)
-        _one_engine(server, other_than=old.pid).kill()
+        assert _publish_bad(root, bad_versions, "hang-at-load") == 2
+        server.wait_state("toy", 2, "LOADING")
+        new = next(engine for engine in engines(_front(server)) if engine != old)
+        new.kill()
         server.wait_state("toy", 2, "REJECTED")
-        assert "SIGKILL" in server.version("toy", 2).reason
+        assert server.version("toy", 2).reason == "load: the engine process ended: SIGKILL"
         assert server.model("toy").serving_version == 1
         assert engines(_front(server)) == [old]
 
 
-def test_a_load_that_takes_too_long_is_rejected(tmp_path: Path, publish_tag: Publish) -> None:
-    publish_tag(tmp_path / "registry", "toy", 1)
-    with run_server(tmp_path / "registry", tmp_path, "--load-timeout", "0.2") as server:
+def test_a_load_that_takes_too_long_is_rejected(tmp_path: Path, bad_versions: Path) -> None:
+    _publish_bad(tmp_path / "registry", bad_versions, "hang-at-load")
+    with run_server(tmp_path / "registry", tmp_path, "--load-timeout", "0.5") as server:
         rejected = server.wait_state("toy", 1, "REJECTED")
-        assert rejected.reason == "load: loading took more than 0.2 s"
+        assert rejected.reason == "load: took more than 0.5 s"
         wait_for(lambda: not engines(_front(server)), "the engine to end", server.alive)
         with open_channel(server.address) as channel:
             assert call(channel, request("toy", {"x": X})).code is UNAVAILABLE
@@ -268,6 +276,7 @@ def test_engines_end_with_a_server_that_is_killed(tmp_path: Path, publish_tag: P
 def test_no_file_descriptor_is_lost_with_an_engine(tmp_path: Path, publish_tag: Publish) -> None:
     root = tmp_path / "registry"
     publish_tag(root, "toy", 1)
+    Registry(root).set_policy("toy", AT_ONCE)
     with _serving(tmp_path) as server:
         front = _front(server)
         _answers(server, "toy", 1)

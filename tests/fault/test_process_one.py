@@ -28,6 +28,7 @@ def test_engines_live_under_process_one(tmp_path: Path, publish_tag: Callable[[P
             ended = ("toy@1: serving", "toy@1: rejected")
             wait_for(lambda: any(text in said(tmp_path) for text in ended), "the version to come up")
             assert "toy@1: serving" in said(tmp_path)
+            assert "can't be forked" not in said(tmp_path)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
