@@ -413,9 +413,9 @@ def _figures(message: Struct) -> Figures:
 
 
 def _whole(value: Any) -> Any:
-    """Gives back the whole numbers that a Struct made floats."""
+    """Gives back the whole numbers that a Struct made floats, and an order, of which it has none."""
     if isinstance(value, dict):
-        return {name: _whole(item) for name, item in cast("dict[str, Any]", value).items()}
+        return {name: _whole(item) for name, item in sorted(cast("dict[str, Any]", value).items())}
     if isinstance(value, list):
         return [_whole(item) for item in cast("Iterable[Any]", value)]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -188,8 +188,9 @@ class AsyncRollouts:
             if on_progress is not None and phase != before:
                 on_progress(phase)
 
+        limit = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s) as limit:
+            async with limit:
                 return await self._in_charge(model, version, tell)
         except TimeoutError as error:
             if not limit.expired():
@@ -202,8 +203,9 @@ class AsyncRollouts:
         manual = "manual" in (await self.policy(model)).strategy
         async with aclosing(self._soon_known(model)) as statuses:
             async for status in statuses:
+                in_charge = is_in_charge(status, version, manual=manual)
                 tell(status)
-                if is_in_charge(status, version, manual=manual):
+                if in_charge:
                     return status
         raise AssertionError("a watch does not end by itself")
 
@@ -277,7 +279,9 @@ def phase_text(status: RolloutInfo, version: int) -> str:
         return f"it waits for the rollout of version {rollout.version} to end"
     paused = ", paused" if rollout.paused else ""
     if (step := rollout.current) is not None:
-        return f"step {rollout.step + 1} of {len(rollout.steps)}, {step.kind} {step.share:.4g} of the calls{paused}"
+        return (
+            f"step {rollout.step + 1} of {len(rollout.steps)}, {step.kind} {step.share * 100:.4g}% of the calls{paused}"
+        )
     return f"{rollout.phase}{paused}"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -263,7 +264,7 @@ def _change(
         with Client(server) as client:
             state = there(client.rollouts)
     if as_json:
-        _print_json({"model": model, **asdict(state)})
+        _print_json({"model": model, **dataclasses.asdict(state)})
     else:
         typer.echo(_sentence(model, state))
 
@@ -308,7 +309,7 @@ def _store(root: Path, model: str) -> Registry:
 
 
 def _follow(statuses: Iterator[RolloutInfo], show: Callable[[Iterator[RolloutInfo]], None]) -> str:
-    """Shows statuses until a rollout that was under way has ended; returns how it did."""
+    """Shows statuses until a rollout that was under way has ended, and no other followed; returns how it did."""
     ends: list[str] = []
 
     def until_ended() -> Iterator[RolloutInfo]:
@@ -318,7 +319,7 @@ def _follow(statuses: Iterator[RolloutInfo], show: Callable[[Iterator[RolloutInf
         for found in statuses:
             yield found
             end = None if watched is None else outcome(found, watched)
-            if end is not None and (end != "replaced" or found.rollout is None):
+            if end is not None and found.rollout is None:
                 ends.append(end)
                 return
             watched = watched if found.rollout is None else found.rollout.version
@@ -377,16 +378,14 @@ def _document(found: RolloutInfo) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Returns values as JSON has them."""
-    import dataclasses
-    import enum
-    from collections.abc import Mapping
-
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        fields: Mapping[Any, Any] = value
+        return {str(name): _plain(item) for name, item in fields.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        items: Sequence[Any] = value
+        return [_plain(item) for item in items]
     return value.value if isinstance(value, enum.Enum) else value
 
 

@@ -20,6 +20,7 @@ _BAR_CELLS = 24
 _TIME_BAR_CELLS = 40
 _SHOWN_FIGURES = 5
 _SHOWN_ITEMS = 8
+_UNITS = {"_mib": " MiB", "_ms": " ms", "_s": " s"}
 _COLOURS = {"stable": "green", "candidate": "cyan", "previous": "yellow"}
 _GATE_SIGNS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "skipped": ("-", "dim")}
 _STATE_COLOURS = {
@@ -219,8 +220,18 @@ def _finding(gate: GateInfo) -> Text:
 
 def figures_text(figures: Mapping[str, Any]) -> str:
     """Returns the first figures in words; those with more inside than a few numbers are left out."""
-    texts = ((name.replace("_", " "), _value(value)) for name, value in figures.items())
-    return " · ".join([f"{name} {text}" for name, text in texts if text][:_SHOWN_FIGURES])
+    texts = [text for name, value in figures.items() if (text := _figure(name, value))]
+    return " · ".join(texts[:_SHOWN_FIGURES])
+
+
+def _figure(name: str, value: object) -> str:
+    text = _value(value)
+    if not text:
+        return ""
+    stem, unit = next(
+        ((name.removesuffix(end), unit) for end, unit in _UNITS.items() if name.endswith(end)), (name, "")
+    )
+    return f"{stem.replace('_', ' ')} {text}{unit}"
 
 
 def _value(value: object) -> str:
@@ -234,10 +245,16 @@ def _value(value: object) -> str:
         case str():
             return value
         case list():
-            items = cast("list[object]", value)
-            return ", ".join(map(_value, items)) if len(items) <= _SHOWN_ITEMS else f"{len(items):,}"
+            return _list_value(cast("list[object]", value))
+        case {"ratio": float() | int() as ratio, "rows": int() as rows}:
+            return f"{ratio:.2f} at {rows} {'row' if rows == 1 else 'rows'}"
         case _:
             return ""
+
+
+def _list_value(items: list[object]) -> str:
+    texts = [text for item in items if (text := _value(item))]
+    return ", ".join(texts) if len(texts) <= _SHOWN_ITEMS else f"{len(texts):,}"
 
 
 def _gated(status: RolloutInfo) -> RolloutVersion | None:

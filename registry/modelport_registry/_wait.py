@@ -44,11 +44,12 @@ def wait_until_stable(
     while True:
         registry.resolve(model, version=version)
         state = registry.state(model)
+        stable = is_stable(model, version, state, registry.versions(model))
         phase = phase_text(state, version)
         if on_progress is not None and phase != told:
             on_progress(phase)
         told = phase
-        if is_stable(model, version, state, registry.versions(model)):
+        if stable:
             return state
         if deadline is not None and time.monotonic() >= deadline:
             raise RolloutTimeoutError(f"{model} version {version} was not in charge after {timeout_s:g} s: {phase}")
@@ -89,7 +90,7 @@ def phase_text(state: State, version: int) -> str:
     paused = ", paused" if rollout.paused else ""
     if (step := rollout.current) is not None:
         where = f"step {rollout.step + 1} of {len(rollout.steps)}"
-        return f"{where}, {step.kind.value} {step.share:.4g} of the calls for {step.bake_s:g} s{paused}"
+        return f"{where}, {step.kind.value} {step.share * 100:.4g}% of the calls for {step.bake_s:g} s{paused}"
     return f"{rollout.phase.value}{paused}"
 
 

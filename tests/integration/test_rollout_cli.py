@@ -147,7 +147,7 @@ async def test_the_picture_of_a_server() -> None:
     assert ran.status == 0
     for text in ("step 1 of 2", "◉ canary 10%", "57 s left", "12,345", "1.23", "23.4", "✓  golden", "0.50 s"):
         assert text in ran.out, ran.out
-    assert "examples 64 · batch sizes 1, 64" in ran.out
+    assert "batch sizes 1, 64 · examples 64" in ran.out
     assert "too few calls to tell" in ran.out
     versions = json.loads(document.out)["versions"]
     assert versions[0]["traffic"]["errors"] == 7

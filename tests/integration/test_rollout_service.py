@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from modelport import (
@@ -26,6 +27,7 @@ from modelport import (
     VersionRejectedError,
     VersionState,
 )
+from modelport.v1 import rollout_pb2, rollout_pb2_grpc
 from modelport_registry import Registry, transitions
 from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import ServerOptions
@@ -278,9 +280,9 @@ class TestWatch:
                 assert (await anext(statuses)).generation == 4
                 assert (await anext(statuses)).generation == 4  # nothing has changed; time has
                 service.say(replace(BUSY, paused=True))
-                assert await self._until(statuses, lambda info: info.rollout is not None and info.rollout.paused)
+                assert await self._until(statuses, is_paused)
                 service.say(IDLE)
-                assert await self._until(statuses, lambda info: info.rollout is None)
+                assert await self._until(statuses, is_idle)
 
     async def test_ends_with_the_model(self, tmp_path: Path) -> None:
         async with serving(tmp_path) as (service, client):
@@ -289,16 +291,18 @@ class TestWatch:
                 await anext(statuses)
                 del service.board.rollouts["m"]
                 with pytest.raises(NotFoundError):
-                    await self._until(statuses, lambda _: False)
+                    await self._until(statuses, is_idle)
 
     async def test_ends_when_the_server_drains(self, tmp_path: Path) -> None:
         async with serving(tmp_path) as (service, client):
             service.say(BUSY)
-            call = await self._raw_watch(client)
-            await anext(call)
-            service.service.drain()
-            async for _ in call:  # ends
-                pass
+            async with grpc.aio.insecure_channel(service.address) as channel:
+                stub: Any = rollout_pb2_grpc.RolloutServiceStub(channel)
+                call = aiter(stub.WatchRollout(rollout_pb2.WatchRolloutRequest(model="m")))
+                await anext(call)
+                service.service.drain()
+                async for _ in call:  # ends
+                    pass
             assert (await client.rollouts.get("m")).generation == 4
 
     async def test_a_caller_that_leaves_takes_its_watch_along(self, tmp_path: Path) -> None:
@@ -310,22 +314,24 @@ class TestWatch:
             await asyncio.to_thread(wait_for, lambda: watches(service) == 0, "the watches to end")
 
     @staticmethod
-    async def _until(statuses: AsyncGenerator[RolloutInfo, None], condition: Any) -> bool:
+    async def _until(statuses: AsyncGenerator[RolloutInfo, None], condition: Callable[[RolloutInfo], bool]) -> bool:
         async for info in statuses:
             if condition(info):
                 return True
         return False
 
-    @staticmethod
-    async def _raw_watch(client: AsyncClient) -> Any:
-        from modelport.v1 import rollout_pb2
 
-        connection: Any = await client._connected()
-        return aiter(connection.rollouts.WatchRollout(rollout_pb2.WatchRolloutRequest(model="m")))
+def is_paused(info: RolloutInfo) -> bool:
+    return info.rollout is not None and info.rollout.paused
+
+
+def is_idle(info: RolloutInfo) -> bool:
+    return info.rollout is None
 
 
 def watches(service: Service) -> int:
-    return len(service.service._drain._listeners)
+    internals: Any = service.service
+    return len(internals._drain._listeners)
 
 
 async def test_waiting_through_a_server(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ async def test_waiting_ends_when_the_version_is_in_charge() -> None:
     async with server, AsyncClient(server.address) as client:
         info = await client.rollouts.wait_for_version("m", 2, timeout_s=30, on_progress=on_progress)
     assert info.stable == 2
-    assert told == ["step 1 of 2, canary 0.1 of the calls", "it is in charge"]
+    assert told == ["step 1 of 2, canary 10% of the calls", "it is in charge"]
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,10 @@ def test_follows_a_version_until_it_is_in_charge(registry: Registry) -> None:
         "gates",
         "gates, paused",
         "gates",
-        "step 1 of 4, shadow 1 of the calls for 60 s",
-        "step 2 of 4, canary 0.01 of the calls for 60 s",
-        "step 3 of 4, canary 0.1 of the calls for 60 s",
-        "step 4 of 4, canary 0.5 of the calls for 60 s",
+        "step 1 of 4, shadow 100% of the calls for 60 s",
+        "step 2 of 4, canary 1% of the calls for 60 s",
+        "step 3 of 4, canary 10% of the calls for 60 s",
+        "step 4 of 4, canary 50% of the calls for 60 s",
         "it is in charge",
     ]
 
@@ -105,6 +105,14 @@ def manual(state: State) -> State:
     return transitions.set_policy(state, RolloutPolicy(strategy=(Strategy.MANUAL,)))
 
 
+def unchanged(state: State) -> State:
+    return state
+
+
+def tried_four(state: State) -> State:
+    return replace(state, considered=4)
+
+
 def replaced(state: State) -> State:
     return transitions.unpin(transitions.pin(started(3)(state), 1, NOW))
 
@@ -114,9 +122,9 @@ def replaced(state: State) -> State:
     [
         (3, pinned, "version 1 is pinned; take the pin off: modelport pin m --remove"),
         (3, manual, "the model's policy is manual; start it: modelport rollout start m 3"),
-        (2, lambda state: state, "was passed over: version 3 goes before it; start it: modelport rollout start m 2"),
+        (2, unchanged, "was passed over: version 3 goes before it; start it: modelport rollout start m 2"),
         (3, replaced, "its rollout has ended, replaced; start it"),
-        (3, lambda state: replace(state, considered=4), "was passed over: version 4 was tried before it"),
+        (3, tried_four, "was passed over: version 4 was tried before it"),
     ],
 )
 def test_says_at_once_that_nothing_will_happen(registry: Registry, version: int, change: Change, text: str) -> None:
