@@ -199,7 +199,7 @@ def _call(connections: list[Connection], interval_s: float, control: _Control | 
             record.extend((connection.started_ns, took_ns, connection.version(), *controls))
             if interval_s:
                 due_s = max(due_s + interval_s, time.monotonic())
-                time.sleep(due_s - time.monotonic())
+                time.sleep(max(0.0, due_s - time.monotonic()))
             connection.send()
     return record
 
