@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -376,16 +376,14 @@ def _document(found: RolloutInfo) -> dict[str, Any]:
     return document | {"rejected": {str(number): _plain(r) for number, r in found.rejected.items()}}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Returns values as JSON has them."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        fields: Mapping[Any, Any] = value
-        return {str(name): _plain(item) for name, item in fields.items()}
+        return {str(name): _plain(item) for name, item in cast("Mapping[object, object]", value).items()}
     if isinstance(value, tuple | list):
-        items: Sequence[Any] = value
-        return [_plain(item) for item in items]
+        return [_plain(item) for item in cast("Sequence[object]", value)]
     return value.value if isinstance(value, enum.Enum) else value
 
 

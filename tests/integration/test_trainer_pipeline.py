@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from modelport_registry import Registry
+from modelport_registry import Registry, transitions
 from tests.support.server import run_server
 
 TINY = ["--filters", "4,8", "--dense-units", "16"]
@@ -211,9 +212,27 @@ def test_a_version_is_evaluated_alike_stored_and_served(trained: Path, tmp_path:
     assert answers["evaluation"]["loss"] == pytest.approx(told["loss"], rel=1e-4)
 
 
+def test_waiting_until_the_version_is_in_charge(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    again = train_command(tmp_path, "--resume", "--wait", "--wait-timeout", "60")
+    vain = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert vain.returncode == 1
+    assert "digits version 2 will not come into service by itself: version 1 is pinned" in vain.stderr
+    registry = Registry(tmp_path / "reg")
+    registry.unpin("digits")
+    registry.start_rollout("digits", 2)
+    registry.change("digits", transitions.advance, action="test")
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "already published as digits/2" in done.stdout
+    assert done.stderr.endswith("digits/2: it is in charge\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--server", "localhost:1"], "--server and --wait-timeout go with --publish --wait"),
+        (["train", "--wait", "--wait-timeout", "0"], "the time to wait must be above 0 seconds"),
         (["train", "--data", "nothing"], "--data nothing: give one of digits, mnist, fashion_mnist"),
         (["train", "--data-dir", "nowhere"], "nowhere: no such folder"),
         (["train", "--model", "Big Name"], "model 'Big Name': a name is"),
