@@ -78,25 +78,35 @@ def append(
 
 
 def read(path: Path) -> list[JournalEntry]:
-    """Returns the entries, oldest first; lines that were torn are left out."""
+    """Returns the entries, oldest first; lines that were torn are left out.
+
+    There may be changes among them that were never made; ``in_effect`` leaves them out.
+    """
     entries: list[JournalEntry] = []
     for line in read_tail(path, MAX_READ_BYTES, IntegrityError).splitlines():
         try:
             entries.append(_entry(parse(line, "the journal")))
         except IntegrityError:
             continue
-    return _in_effect(entries)
+    return entries
 
 
-def _in_effect(entries: list[JournalEntry]) -> list[JournalEntry]:
-    """Returns the entries without changes that never were: whoever announced one died, and another made the same."""
+def in_effect(entries: list[JournalEntry], generation: int) -> list[JournalEntry]:
+    """Returns the entries without those whose writer died, or failed, between the journal and the state.
+
+    Such a change was to make a generation that the next change made instead, or that is still to come.
+
+    Args:
+        entries: what was read, oldest first.
+        generation: that of the state; read after them.
+    """
     kept: list[JournalEntry] = []
-    following: JSON = None
+    following: JSON = generation + 1
     for entry in reversed(entries):
-        generation = entry.details.get(GENERATION)
-        if generation is None or generation != following:
+        makes = entry.details.get(GENERATION)
+        if makes is None or makes != following:
             kept.append(entry)
-        following = following if generation is None else generation
+        following = following if makes is None else makes
     return kept[::-1]
 
 

@@ -493,9 +493,14 @@ class Registry:
         return state
 
     def journal(self, model: str) -> list[JournalEntry]:
-        """Returns what was done to a model, oldest first."""
+        """Returns what was done to a model, oldest first; changes that came to nothing are left out."""
+        folder = self._folder(model)
         with storage_errors(f"can't read the journal of {model}"):
-            return _journal.read(self._folder(model).journal)
+            entries = _journal.read(folder.journal)
+            try:
+                return _journal.in_effect(entries, folder.state().generation)
+            except IntegrityError:  # the journal may tell how the state came to be damaged
+                return entries
 
     def record(
         self,

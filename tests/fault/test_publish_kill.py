@@ -154,7 +154,8 @@ def _check_versions(registry: Registry, versions: list[int]) -> None:
         registry.verify(MODEL, version)
         assert len(registry.golden(MODEL, version)) == 1
     assert set(registry.state(MODEL).aliases.values()) <= set(versions)
-    assert {entry.action for entry in registry.journal(MODEL)} <= {"publish", "alias", "collect"}
+    actions = {entry.action for entry in registry.journal(MODEL)}
+    assert actions <= {"publish", "alias", "collect", "unpinned", "rollout started"}
 
 
 def _check_works_on(bench: Bench, root: Path, highest: int) -> None:
@@ -192,6 +193,24 @@ def _check_collected(bench: Bench, root: Path, before: int) -> int:
     return len(versions)
 
 
+def _check_rolled_out(bench: Bench, root: Path, before: int) -> int:
+    """Checks that the journal says what the state is; returns how many of the two changes were made."""
+    registry = Registry(root)
+    state = registry.state(MODEL)
+    _check_versions(registry, list(range(1, before + 1)))
+    candidate = state.rollout.version if state.rollout is not None else None
+    assert (state.aliases, candidate) in [({"stable": 1}, None), ({"stable": 1}, before)]
+    made = (state.pin is None) + (candidate is not None)
+    actions = [entry.action for entry in registry.journal(MODEL)]
+    assert actions[2 * before + 1 :] == ["unpinned", "rollout started"][:made]
+    registry.pin(MODEL)
+    registry.unpin(MODEL)
+    assert registry.start_rollout(MODEL, before).generation == state.generation + (3 if made else 2)
+    registry.collect_garbage(MODEL, keep=9, staging_age_s=0)
+    _check_works_on(bench, root, before)
+    return made
+
+
 Check = Callable[[Bench, Path, int], int]
 
 
@@ -209,6 +228,7 @@ SCENARIOS = {
     "first": Scenario(action="publish", versions=0, check=_check_published, outcomes=frozenset({0, 1})),
     "next": Scenario(action="publish", versions=1, check=_check_published, outcomes=frozenset({1, 2})),
     "collect": Scenario(action="collect", versions=4, check=_check_collected, outcomes=frozenset({2, 3, 4})),
+    "roll out": Scenario(action="roll out", versions=2, check=_check_rolled_out, outcomes=frozenset({0, 1, 2})),
 }
 
 

@@ -1,8 +1,8 @@
-"""A process that publishes or collects on command, in children that a tracer can attach to first.
+"""A process that publishes, collects or rolls out on command, in children that a tracer can attach to first.
 
 It speaks lines of JSON on standard input and output: ``{"root": ..., "action": ...}`` forks a child and answers
 its pid; ``{}`` lets the child do it, and answers how it ended. Everything is imported and run once before the first
-fork, so that a child makes no system calls but those of publishing.
+fork, so that a child makes no system calls but those of its action.
 """
 
 from __future__ import annotations
@@ -45,9 +45,23 @@ def publish(root: Path, source: Path, report: Path) -> None:
     )
 
 
+def prepare(root: Path, source: Path, report: Path) -> None:
+    """Makes a registry whose first version is in charge, so that each action has something to do."""
+    for _ in range(2):
+        publish(root, source, report)
+    Registry(root).set_alias(MODEL, "stable", 1)
+
+
 def collect(root: Path) -> None:
     """Collects everything but the highest version and what aliases point at."""
     Registry(root).collect_garbage(MODEL, keep=1, staging_age_s=0)
+
+
+def roll_out(root: Path) -> None:
+    """Makes the highest version the candidate, in place of the one in charge."""
+    registry = Registry(root)
+    registry.unpin(MODEL)
+    registry.start_rollout(MODEL, registry.versions(MODEL)[-1], reason="a test")
 
 
 def _child(act: Callable[[], None], max_file_bytes: int | None) -> None:
@@ -73,9 +87,14 @@ def main() -> None:
     source, report = Path(sys.argv[1]), Path(sys.argv[2])
 
     def actions(root: Path) -> dict[str, Callable[[], None]]:
-        return {"publish": partial(publish, root, source, report), "collect": partial(collect, root)}
+        return {
+            "roll out": partial(roll_out, root),
+            "publish": partial(publish, root, source, report),
+            "collect": partial(collect, root),
+        }
 
     with tempfile.TemporaryDirectory() as warm_up:
+        prepare(Path(warm_up), source, report)
         for action in actions(Path(warm_up)).values():
             action()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})

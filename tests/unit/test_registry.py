@@ -26,6 +26,7 @@ from modelport_registry import (
     RegistryError,
     State,
     _publish,
+    transitions,
 )
 from tests.support.saved_models import ROW_DOUBLER, SERVING_DEFAULT, saved_model_bytes, write_fake_saved_model
 
@@ -382,6 +383,42 @@ class TestReading:
         assert (folder / "11").is_dir()
         assert publish() == 15
 
+    def test_a_folder_copied_in_by_hand_is_no_version_before_its_manifest_is_there(
+        self, registry: Registry, publish: Callable[..., int], model: Path, tmp_path: Path
+    ) -> None:
+        publish()
+        copied = Registry(tmp_path / "other").publish(MODEL, model, golden=[golden()], version=5).path
+        files = sorted(path.relative_to(copied) for path in copied.rglob("*") if path.is_file())
+        assert files[-1] != Path("manifest.json")
+        for path in files:
+            target = registry.root / MODEL / "5" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if Path("manifest.json") == path:
+                continue
+            target.write_bytes((copied / path).read_bytes())
+            assert registry.versions(MODEL) == [1]
+            assert transitions.candidate(registry.state(MODEL), registry.versions(MODEL)) == 1
+            assert registry.resolve(MODEL) == 1
+            assert registry.collect_garbage(MODEL, keep=1, staging_age_s=0).removed == {}
+        (registry.root / MODEL / "5" / "manifest.json").write_bytes((copied / "manifest.json").read_bytes())
+        assert registry.versions(MODEL) == [1, 5]
+        registry.verify(MODEL, 5)
+
+    def test_a_folder_whose_manifest_was_copied_too_early_is_not_whole(
+        self, registry: Registry, publish: Callable[..., int], model: Path, tmp_path: Path
+    ) -> None:
+        publish()
+        copied = Registry(tmp_path / "other").publish(MODEL, model, golden=[golden()], version=5).path
+        files = sorted(path.relative_to(copied) for path in copied.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path != Path("manifest.json")):
+            if (registry.root / MODEL / "5").exists():
+                with pytest.raises(IntegrityError, match="is missing"):
+                    registry.verify(MODEL, 5)
+            target = registry.root / MODEL / "5" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((copied / path).read_bytes())
+        registry.verify(MODEL, 5)
+
     def test_other_folders_are_no_models(self, registry: Registry, publish: Callable[..., int]) -> None:
         publish()
         (registry.root / "empty").mkdir()
@@ -430,6 +467,7 @@ class TestReading:
             os.utime(registry.path(MODEL, number), (moment, moment))
         years = [registry.manifest(MODEL, version).created.year for version in registry.versions(MODEL)]
         assert sorted(years) != years
+        assert transitions.candidate(registry.state(MODEL), registry.versions(MODEL)) == registry.versions(MODEL)[-1]
         assert registry.versions(MODEL) == [1, 2, 3, 4]
         assert registry.resolve(MODEL) == 4
         assert registry.collect_garbage(keep=2).removed == {MODEL: (1, 2)}

@@ -364,11 +364,17 @@ class TestJournal:
         before = path.read_bytes()
         registry.start_rollout(MODEL, 3, reason="in vain")
         path.write_bytes(before)
+        assert registry.journal(MODEL)[-1].action == "policy"
         registry.start_rollout(MODEL, 2, reason="in effect")
         registry.record(MODEL, "verified", version=2)
         registry.promote(MODEL)
         reasons = [(entry.action, entry.reason) for entry in registry.journal(MODEL)][-3:]
         assert reasons == [("rollout started", "in effect"), ("verified", ""), ("promoted", "")]
+
+    def test_it_can_be_read_when_the_state_is_damaged(self, registry: Registry) -> None:
+        lines = len(registry.journal(MODEL))
+        (registry.root / MODEL / "state.json").write_text("{")
+        assert len(registry.journal(MODEL)) == lines
 
     def test_the_manifest_of_a_version_that_is_gone_has_no_digest(self, registry: Registry) -> None:
         registry.start_rollout(MODEL, 2)
