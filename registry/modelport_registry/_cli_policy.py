@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -125,12 +125,12 @@ def policy(
     from modelport_registry import Registry
     from modelport_registry._policy import parse_duration, parse_share, parse_step, parse_strategy
 
-    def given(value: Any, read: Any = lambda value: value) -> Any:
-        return None if value is None else read(value)
+    def given(text: str | None, read: Callable[[str], Any]) -> Any:
+        return None if text is None else read(text)
 
     options: dict[str, Any] = {
         "strategy": given(strategy, parse_strategy),
-        "canary_steps": given(step, lambda texts: tuple(map(parse_step, texts))),
+        "canary_steps": tuple(map(parse_step, step)) if step else None,
         "shadow_share": given(shadow_share, parse_share),
         "shadow_bake_s": given(shadow_bake, parse_duration),
         "watch_s": given(watch, parse_duration),
@@ -140,7 +140,7 @@ def policy(
         "max_latency_ratio": max_latency_ratio,
         "max_speed_ratio": max_speed_ratio,
         "min_agreement": min_agreement,
-        "allow_ops": given(allow_op, tuple),
+        "allow_ops": tuple(allow_op) if allow_op else None,
         "allow_signature_changes": allow_signature_changes,
     }
     changes = {name: value for name, value in options.items() if value is not None}
@@ -176,7 +176,7 @@ def _text(name: str, value: Any) -> str:
         return "+".join(value)
     if name == "canary_steps":
         return " ".join(f"{one.share * 100:.6g}%:{one.bake_s:g}s" for one in value)
-    if isinstance(value, tuple):
+    if name == "allow_ops":
         return " ".join(value) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -91,7 +91,9 @@ def _wanted(state: State) -> set[int | None]:
     wanted: set[int | None] = {state.pin, *state.aliases.values()}
     if state.rollout is not None:
         wanted |= {state.rollout.version, state.rollout.previous}
-    return wanted | ({state.last.previous} if state.last is not None else set())
+    if state.last is not None:
+        wanted.add(state.last.previous)
+    return wanted
 
 
 def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitStack) -> list[Path]:
