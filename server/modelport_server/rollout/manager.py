@@ -19,6 +19,8 @@ from modelport_server.routing import Router
 
 _log = logging.getLogger(__name__)
 
+_LOOK_S = 0.25
+
 
 class RolloutManager:
     """All models: polls the registry and keeps each model's rollout going.
@@ -57,9 +59,11 @@ class RolloutManager:
                 await asyncio.wait_for(self._wait_for_news(), self._options.rollout.poll_interval_s)
 
     async def _wait_for_news(self) -> None:
-        """Acts on finished steps at once, between two looks at the registry."""
+        """Acts between two looks at the registry: on finished steps at once, on evidence a few times a second."""
         while True:
-            await self._wake.wait()
+            baking = any(rollout.baking for rollout in self._models.values())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _LOOK_S if baking else None)
             self._wake.clear()
             for rollout in self._models.values():
                 rollout.advance()

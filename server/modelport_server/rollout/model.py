@@ -145,6 +145,12 @@ class ModelRollout:
         return self._route.serving.version if self._route.serving is not None else None
 
     @property
+    def baking(self) -> bool:
+        """Whether a candidate is being compared, or its time is running."""
+        rollout = self.desired.rollout
+        return rollout is not None and rollout.phase is not Phase.GATES
+
+    @property
     def desired(self) -> Desired:
         """What the registry asks for, as far as is known."""
         return self._decisions.desired
