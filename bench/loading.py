@@ -86,12 +86,13 @@ class Bench:
     server: Server
     caller: Caller
     client: Client
-    folder: Path
+    sources: Path
+    """The folder of the models."""
     options: argparse.Namespace
 
     def round(self, variant: Variant) -> Round:
         """Measures a quiet stretch and a rollout."""
-        version = publish(self.registry, variant.model, self.folder / variant.source)
+        version = publish(self.registry, variant.model, self.sources / variant.source)
         if not machine.wait_quiet(self.options.others, _QUIET_S):
             say("other processes keep the machine busy: the figures will not be good")
         say(f"{variant.name}: {self.options.seconds:g} s without a rollout")
@@ -179,11 +180,10 @@ def request() -> bytes:
 
 def run(folder: Path, options: argparse.Namespace) -> tuple[list[Round], Calls]:
     """Measures all rounds, and more where others disturbed some; returns them and the caller's calls."""
-    say("making the models")
-    models.make(folder, quick=options.quick)
+    sources = models.made(options.models or folder / "models", quick=options.quick)
     registry = Registry(folder / "registry")
     for model in (SMALL, RESNET):
-        version = publish(registry, model, folder / model)
+        version = publish(registry, model, sources / model)
         registry.set_policy(model, RolloutPolicy(strategy=(Strategy.MANUAL,), watch_s=0.0, keep_warm_s=0.0))
         registry.start_rollout(model, version)
     arguments = ["--threads", str(options.threads)] if options.threads else []
@@ -191,7 +191,7 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[list[Round], Calls]:
         for model in (SMALL, RESNET):
             client.wait_ready(model=model, timeout_s=_LOAD_S)
         with Caller(server.address, request(), folder / "caller", controls=True) as caller:
-            bench = Bench(registry, server, caller, client, folder, options)
+            bench = Bench(registry, server, caller, client, sources, options)
             rounds = [one for variant in VARIANTS for one in undisturbed(bench, variant)]
             calls = caller.stop()
     for one in rounds:
@@ -315,6 +315,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--others", type=float, default=0.05, help="cores that others may use before a round is repeated (default 0.05)"
     )
     parser.add_argument("--json", type=Path, default=Path("build/bench/loading.json"), help="where figures go")
+    parser.add_argument("--models", type=Path, help="keep the models in this folder, and take them if they are there")
     parser.add_argument("--quick", action="store_true", help="one short round with a small model: shows that it runs")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.stage import say
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _QUIET_S = 2.0
 
@@ -64,7 +66,7 @@ class Usage:
 
 def wait_quiet(limit_cores: float, timeout_s: float) -> bool:
     """Returns once others keep at most so many cores busy, or after a while; and whether they do."""
-    deadline = time.monotonic() + timeout_s
+    deadline, told = time.monotonic() + timeout_s, False
     while True:
         before = Usage.now()
         time.sleep(_QUIET_S)
@@ -72,6 +74,9 @@ def wait_quiet(limit_cores: float, timeout_s: float) -> bool:
             return True
         if time.monotonic() > deadline:
             return False
+        if not told:
+            say("waiting until other processes leave the machine alone")
+            told = True
 
 
 def _machine_s() -> tuple[float, float]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.stage import say
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import Golden
 
@@ -25,20 +26,27 @@ RESNET = "resnet"
 IMAGE = (28, 28)
 LARGE_IMAGE = (224, 224, 3)
 _EXAMPLES = 8
+_LAST = f"both/{RESNET}.npz"
 _INPUTS, _OUTPUTS = "inputs.", "outputs."
 
 
-def make(folder: Path, *, quick: bool = False) -> None:
-    """Makes all models in a process that ends, so that this one stays free of TensorFlow.
+def made(folder: Path, *, quick: bool = False) -> Path:
+    """Returns the folder with all models, made if there are none yet.
+
+    A process that ends makes them, so that this one stays free of TensorFlow.
 
     Args:
-        folder: where to.
+        folder: where they are, or where to make them.
         quick: make something small instead of ResNet-50.
     """
+    if (folder / _LAST).exists():
+        return folder
+    say("making the models")
     command = [sys.executable, "-m", "bench.models", str(folder), *["--quick"] * quick]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    if made.returncode:
-        sys.exit(f"error: the models can't be made: {made.stderr[-2000:]}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: the models can't be made: {done.stderr[-2000:]}")
+    return folder
 
 
 def golden(folder: Path) -> list[Golden]:

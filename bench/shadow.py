@@ -185,11 +185,10 @@ def _summary(load: Load, one: Round, calls: Calls) -> dict[str, Any]:
 
 def run(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the figures of all rounds at all loads."""
-    say("making the models")
-    models.make(folder, quick=True)
+    sources = models.made(folder / "models", quick=True)
     registry = Registry(folder / "registry")
     for _ in (STABLE, CANDIDATE):
-        publish(registry, SMALL, folder / SMALL)
+        publish(registry, SMALL, sources / SMALL)
     registry.set_policy(SMALL, _SHADOWED)
     registry.pin(SMALL, STABLE)
     registry.unpin(SMALL)
