@@ -39,9 +39,10 @@ NESTING = 200_000
 EVER = 1 << 62
 """Rounds of a loop that is not meant to end."""
 TOO_MANY_BYTES = 1 << 46
-"""More memory than a machine has: asking for it fails at once."""
+"""More memory than a machine has: TensorFlow asks for it for ten seconds before it gives up."""
 
 FAILING = "classes-failing"
+STALLING = "classes-stalling"
 REFUSING = "classes-refusing"
 SLOWING = "classes-slowing"
 ONE_CLASS = "classes-one"
@@ -151,6 +152,12 @@ class _Parts:
         )
         return self.nothing(ops.TensorListLength(input_handle=lists))
 
+    def unknown(self) -> Any:
+        """Returns what a table says that was never filled, which is an error."""
+        tf, handle = self.tf, self.module.table.resource_handle
+        key, default = tf.constant(0, tf.int64), tf.constant(0.0)
+        return tf.reshape(tf.raw_ops.LookupTableFindV2(table_handle=handle, keys=key, default_value=default), [])
+
     def eat(self, size_bytes: int) -> Any:
         """Returns zero, having filled that much memory, a part at a time."""
         tf, part = self.tf, 64 << 20
@@ -244,21 +251,26 @@ def _at_start(work: Callable[[_Parts], Any]) -> Callable[[_Parts], None]:
     def prepare(parts: _Parts) -> None:
         tf = parts.tf
 
-        def create(_: Any) -> Any:
-            return tf.raw_ops.MutableHashTableV2(
-                key_dtype=tf.int64, value_dtype=tf.float32, shared_name="starter", container=""
-            )
-
-        def initialize(starter: Any) -> None:
+        def initialize(table: Any) -> None:
             keys, values = tf.constant([0], tf.int64), tf.reshape(work(parts), [1])
-            tf.raw_ops.LookupTableInsertV2(table_handle=starter.resource_handle, keys=keys, values=values)
+            tf.raw_ops.LookupTableInsertV2(table_handle=table.resource_handle, keys=keys, values=values)
 
-        base = tf.saved_model.experimental.TrackableResource
-        starter: Any = type("Starter", (base,), {"_create_resource": create, "_initialize": initialize})
-        parts.module.starter = starter()
-        assert parts.module.starter.resource_handle is not None
+        parts.module.starter = _resource(parts, "MutableHashTableV2", initialize)
 
     return prepare
+
+
+def _resource(parts: _Parts, kind: str, initialize: Callable[[Any], None]) -> Any:
+    """Returns a table of a kind, and has a model do ``initialize`` with it while it is loaded."""
+    tf = parts.tf
+
+    def create(_: Any) -> Any:
+        new = getattr(tf.raw_ops, kind)
+        return new(key_dtype=tf.int64, value_dtype=tf.float32, shared_name=kind, container="")
+
+    base = tf.saved_model.experimental.TrackableResource
+    table: Any = type(kind, (base,), {"_create_resource": create, "_initialize": initialize})
+    return table()
 
 
 DOUBLERS: Mapping[str, Write] = {
@@ -283,6 +295,7 @@ def write_classifier(path: Path, tag: int, bad: str = GOOD_CLASSES) -> None:
     """Writes a classifier that is bad in one way while the mood is 1."""
     parts = _parts()
     tf = parts.tf
+    parts.module.table = _resource(parts, "HashTableV2", lambda table: None)
 
     def classify(x: Any) -> dict[str, Any]:
         named, moody = tf.cast(x[:, 0], tf.int64), tf.reduce_max(x[:, 1]) > 0.5
@@ -291,7 +304,9 @@ def write_classifier(path: Path, tag: int, bad: str = GOOD_CLASSES) -> None:
         checks = [tf.debugging.assert_less(x[:, 1], 0.5, message="in a bad mood")] if bad == REFUSING else []
         rounds = _when(parts, moody if bad == SLOWING else False, 2 * ROUNDS, ROUNDS)
         zero = parts.spin(rounds)
-        if bad == FAILING:
+        if bad == FAILING:  # not the caller's fault, other than what a check refuses
+            zero += parts.nothing(tf.cond(moody, parts.unknown, lambda: 0.0))
+        if bad == STALLING:
             size = _when(parts, moody, TOO_MANY_BYTES // 4, 1)
             zero += parts.nothing(tf.reduce_max(tf.fill([size], zero)))
         with tf.control_dependencies(checks):
@@ -301,7 +316,7 @@ def write_classifier(path: Path, tag: int, bad: str = GOOD_CLASSES) -> None:
     _save(parts, path, classify, 2)
 
 
-MOODS = (FAILING, REFUSING, SLOWING, ONE_CLASS)
+MOODS = (FAILING, STALLING, REFUSING, SLOWING, ONE_CLASS)
 """The classifiers that are bad in a bad mood."""
 
 

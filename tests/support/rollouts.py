@@ -76,9 +76,9 @@ class Watched:
         """Returns once a rollout is in a phase and step."""
 
         def reached(state: State) -> bool:
+            assert version not in state.rejected, state.rejected
             one = state.rollout
-            wanted = one is not None and (one.phase, one.step) == (phase, step)
-            return wanted and (version is None or (one is not None and one.version == version))
+            return one is not None and (one.phase, one.step) == (phase, step) and version in (None, one.version)
 
         self.wait(reached, f"{phase} {step}")
 
