@@ -76,7 +76,7 @@ def serving(
         unary=unary, pinned=0, followers=0, pause_s=pause_s, inputs=callers.inputs, check=callers.check
     )
     with run_server(watched.registry.root, tmp_path, "--threads", "1") as server:
-        watched.wait_over(STABLE)
+        assert watched.wait_over(STABLE) == "promoted"
         with load(server.address, MODEL, options) as background:
             yield Stage(server, watched, models, callers, background)
     assert background.record.wrong == []

@@ -97,7 +97,7 @@ def stage(tmp_path: Path) -> Generator[Stage]:
     stage.publish(1)
     stage.watched.registry.set_policy(MODEL, POLICY)
     stage.start()
-    stage.watched.wait_over(1)
+    assert stage.watched.wait_over(1) == "promoted"
     yield stage
     assert stage.server is not None
     assert stage.server.stop() == 0

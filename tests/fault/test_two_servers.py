@@ -60,7 +60,7 @@ def serving(tmp_path: Path, policy: RolloutPolicy) -> Generator[Stage]:
             for name in ("first", "second")
         ]
         watched = Watched(registry, MODEL)
-        watched.wait_over(STABLE)
+        assert watched.wait_over(STABLE) == "promoted"
         for server in servers:
             server.wait_serving(MODEL, STABLE)
         yield Stage(tmp_path, watched, (servers[0], servers[1]))

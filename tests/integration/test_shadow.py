@@ -55,7 +55,7 @@ def serving(tmp_path: Path, models: Path, bake_s: float) -> Generator[Stage]:
     callers = ClassCalls(lambda version: TAG, candidate=CANDIDATE)
     options = LoadOptions(unary=2, pinned=1, followers=1, pause_s=0.05, inputs=callers.inputs, check=callers.check)
     with run_server(watched.registry.root, tmp_path, "--threads", "1") as server:
-        watched.wait_over(STABLE)
+        assert watched.wait_over(STABLE) == "promoted"
         with load(server.address, MODEL, options) as background:
             yield Stage(server, watched, models, callers, background)
             assert background.record.versions().keys() <= {STABLE, CANDIDATE}
