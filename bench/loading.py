@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Bench:
         before = Usage.now()
         say(f"{variant.name}: version {version} is rolled out")
         self.registry.start_rollout(variant.model, version)
-        self._wait(variant.model, version)
+        wait_in_charge(self.registry, variant.model, version, self._check)
         result = Round(variant, version, (quiet, before), (before, before), [])
         self._call(result)
         result.loading = (before, Usage.now())
@@ -111,15 +111,6 @@ class Bench:
         say(f"{variant.name}: it took {took_s:.1f} s; others had {result.others():.2f} cores")
         self._settle(variant.model, version)
         return result
-
-    def _wait(self, model: str, version: int) -> None:
-        def in_charge() -> bool:
-            state = self.registry.state(model)
-            if version in state.rejected:
-                sys.exit(f"error: version {version} was rejected: {state.rejected[version].reason}")
-            return any((e.action, e.version) == ("serving", version) for e in self.registry.journal(model))
-
-        wait_for(in_charge, f"{model}@{version} to be in charge", self._check, _LOAD_S)
 
     def _check(self) -> None:
         self.server.alive()
@@ -146,6 +137,20 @@ class Bench:
     def _settle(self, model: str, version: int) -> None:
         wait_for(lambda: self.registry.state(model).rollout is None, "the rollout to end", self._check, _LOAD_S)
         time.sleep(2.0)  # the version before it ends, which nobody waits for
+
+
+def wait_in_charge(registry: Registry, model: str, version: int, check: Callable[[], None]) -> None:
+    """Returns once a version is in charge; ends the benchmark if it is rejected.
+
+    Asks the journal, and not the server, which has calls to answer.
+    """
+
+    def in_charge() -> bool:
+        if rejection := registry.state(model).rejected.get(version):
+            sys.exit(f"error: version {version} of {model} was rejected: {rejection.reason}")
+        return any((e.action, e.version) == ("serving", version) for e in registry.journal(model))
+
+    wait_for(in_charge, f"{model}@{version} to be in charge", check, _LOAD_S)
 
 
 def publish(registry: Registry, model: str, source: Path) -> int:
@@ -189,7 +194,7 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[list[Round], Calls]:
     arguments = ["--threads", str(options.threads)] if options.threads else []
     with serving(registry.root, folder, *arguments) as server, Client(server.address) as client:
         for model in (SMALL, RESNET):
-            client.wait_ready(model=model, timeout_s=_LOAD_S)
+            wait_in_charge(registry, model, 1, server.alive)
         with Caller(server.address, request(), folder / "caller", controls=True) as caller:
             bench = Bench(registry, server, caller, client, sources, options)
             rounds = [one for variant in VARIANTS for one in undisturbed(bench, variant)]

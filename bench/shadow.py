@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench import figures, machine, models
 from bench.caller import Caller, Calls
-from bench.loading import SMALL, publish, request
+from bench.loading import SMALL, publish, request, wait_in_charge
 from bench.machine import Usage
 from bench.stage import Server, say, serving, wait_for
 from modelport import Client
@@ -193,7 +193,7 @@ def run(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     registry.pin(SMALL, STABLE)
     registry.unpin(SMALL)
     with serving(registry.root, folder) as server, Client(server.address) as client:
-        client.wait_ready(model=SMALL, timeout_s=_WAIT_S)
+        wait_in_charge(registry, SMALL, STABLE, server.alive)
         bench = Bench(registry, server, client, folder, options)
         return [row for load in LOADS for row in bench.measure(load)]
 
