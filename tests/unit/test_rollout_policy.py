@@ -140,6 +140,7 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: T, 2: A}, _desired(1, considered=2), serving=2), Action(Verb.LOAD, 1)),
         (_model({1: A}, _desired(9), serving=1), None),
         (_model({1: A, 2: R}, _desired(2, pin=2, rejected={2: BAD}), serving=1), None),
+        (_model({1: D, 2: R}, _desired(1, pin=2, rejected={2: BAD})), Action(Verb.LOAD, 1)),
         # an alias keeps what it names
         (_model({1: D, 2: A}, _desired(2, aliases={STABLE: 2, "old": 1}), serving=2), Action(Verb.LOAD, 1)),
         (_model({1: A, 2: A}, _desired(2, aliases={STABLE: 2, "old": 1}), serving=2), None),

@@ -117,7 +117,7 @@ def train(
 
         modelport train
 
-        modelport train --data mnist --epochs 10 --alias stable
+        modelport train --data mnist --epochs 10 --wait
 
         modelport train --data-dir /usr/share/datasets/fashion-mnist --model fashion
 

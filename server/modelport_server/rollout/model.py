@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic
@@ -30,23 +30,15 @@ from modelport_server.engines.spawner import Spawner
 from modelport_server.gates.result import INTEGRITY, LOAD, SPEED, GateResult, Outcome
 from modelport_server.gates.speed import compare_speed, probe_sizes, shared_examples
 from modelport_server.options import ServerOptions
-from modelport_server.rollout import policy
+from modelport_server.rollout import policy, reporting
 from modelport_server.rollout.bake import Bake
 from modelport_server.rollout.decisions import Decision, Decisions
 from modelport_server.rollout.lifecycle import COMING, State
-from modelport_server.rollout.policy import STABLE, Action, ModelSnapshot, Verb, VersionSnapshot
-from modelport_server.rollout.status import (
-    ModelStatus,
-    RolloutStatus,
-    RolloutVersion,
-    SignatureStatus,
-    StatusBoard,
-    StepStatus,
-    VersionStatus,
-)
+from modelport_server.rollout.policy import Action, ModelSnapshot, Verb
+from modelport_server.rollout.status import RolloutStatus, StatusBoard
+from modelport_server.rollout.tracking import Tracked
 from modelport_server.routing import Canary, Router
 from modelport_server.servable import Servable
-from modelport_server.signatures import is_batchable
 
 _log = logging.getLogger(__name__)
 
@@ -63,35 +55,6 @@ class ModelView:
     desired: Desired
     looked_at_s: float
     """When reading it began, on the monotonic clock."""
-
-
-@dataclass(eq=False, slots=True)
-class Tracked:
-    """One version and what has become of it."""
-
-    version: int
-    state: State = State.DISCOVERED
-    reason: str = ""
-    since: datetime = field(default_factory=lambda: datetime.now(UTC))
-    since_s: float = field(default_factory=monotonic)
-    in_registry: bool = True
-    servable: Servable | None = None
-    manifest: Manifest | None = None
-    gates: tuple[GateResult, ...] = ()
-    loading: asyncio.Task[None] | None = None
-    failures: int = 0
-    """How often it could not be read."""
-    retry_at_s: float = 0.0
-    """When it may be tried again, on the monotonic clock."""
-    accused: bool = False
-    """Whether its rejection is on its way to the registry."""
-    hold: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """Keeps the version's folder from being collected while it is loaded."""
-
-    def become(self, state: State, reason: str = "") -> None:
-        """Changes the state."""
-        self.state, self.reason = state, reason
-        self.since, self.since_s = datetime.now(UTC), monotonic()
 
 
 class ModelRollout:
@@ -200,7 +163,7 @@ class ModelRollout:
         self._share(available)
 
     def _available(self) -> dict[int, Servable]:
-        return {n: _servable(t) for n, t in self._versions.items() if t.state is State.AVAILABLE}
+        return {n: t.loaded for n, t in self._versions.items() if t.state is State.AVAILABLE}
 
     def _share(self, available: Mapping[int, Servable]) -> None:
         """Gives the candidate its share of the calls."""
@@ -217,7 +180,7 @@ class ModelRollout:
         now = monotonic()
         last = self.desired.last
         return ModelSnapshot(
-            versions={n: _version_snapshot(tracked, now) for n, tracked in self._versions.items()},
+            versions={n: tracked.snapshot(now) for n, tracked in self._versions.items()},
             desired=self.desired,
             serving=self.serving,
             max_beside_stable=self._options.rollout.max_beside_stable,
@@ -246,7 +209,7 @@ class ModelRollout:
         elif action.verb is Verb.REVIVE:
             self._make_available(tracked)
         elif action.verb is Verb.END_STREAMS:
-            _servable(tracked).retire_streams.set()
+            tracked.loaded.retire_streams.set()
         elif action.verb is Verb.RETIRE:
             self._retire(tracked)
 
@@ -417,13 +380,13 @@ class ModelRollout:
 
     def _make_available(self, tracked: Tracked) -> None:
         tracked.become(State.AVAILABLE)
-        self._route.available[tracked.version] = _servable(tracked)
+        self._route.available[tracked.version] = tracked.loaded
 
     def _serve(self, tracked: Tracked) -> None:
         before = self.serving
-        self._route.serving = _servable(tracked)
+        self._route.serving = tracked.loaded
         _log.info("%s@%d: serving%s", self._name, tracked.version, f", was @{before}" if before else "")
-        details: dict[str, JSON] = {"before": before, "engine": _servable(tracked).engine_name}
+        details: dict[str, JSON] = {"before": before, "engine": tracked.loaded.engine_name}
         self._decisions.record("serving", tracked.version, details=details)
 
     def _put_off(self, tracked: Tracked, error: Exception) -> None:
@@ -467,7 +430,7 @@ class ModelRollout:
 
     def _retire(self, tracked: Tracked) -> None:
         """Lets a version go at once; its engine ends in its own time, and its folder is held until then."""
-        servable, hold = _servable(tracked), tracked.hold
+        servable, hold = tracked.loaded, tracked.hold
         tracked.servable, tracked.hold = None, contextlib.ExitStack()
         tracked.become(State.RETIRED)
 
@@ -493,86 +456,18 @@ class ModelRollout:
 
     def publish_status(self) -> None:
         """Posts what there is to know to the status board."""
-        self._explain_idle()
-        self._route.known = {n: _state_text(tracked) for n, tracked in self._versions.items()}
+        reporting.explain_idle(self._name, self._versions, self.desired)
+        self._route.known = {n: reporting.state_text(tracked) for n, tracked in self._versions.items()}
         self._route.coming = frozenset(
             n for n, tracked in self._versions.items() if tracked.state is State.DISCOVERED or tracked.state in COMING
         )
-        self._board.post(
-            self._name,
-            ModelStatus(
-                name=self._name,
-                serving=self.serving,
-                aliases=self.desired.aliases,
-                versions=tuple(_version_status(self._versions[n]) for n in sorted(self._versions, reverse=True)),
-            ),
-        )
-
-    def _explain_idle(self) -> None:
-        """Says of a version that is not being loaded why it is not."""
-        wanted, desired = policy.charge(self._snapshot()), self.desired
-        if wanted is None:
-            return
-        why = f"version {wanted} is pinned" if desired.pin is not None else f"version {wanted} is in charge"
-        if desired.pin is None and desired.policy.manual and wanted is not None:
-            why += f"; start it with: modelport rollout start {self._name} VERSION"
-        for number, tracked in self._versions.items():
-            part = number in desired.aliases.values() or (desired.rollout and desired.rollout.version == number)
-            if tracked.state is State.DISCOVERED and number != wanted and not part:
-                tracked.reason = f"not loaded: {why}"
+        status = reporting.model_status(self._name, self._versions, self.desired, self.serving)
+        self._board.post(self._name, status)
 
     def status(self) -> RolloutStatus:
         """Returns the rollout as it is now on this server."""
-        desired = self.desired
-        rollout, last, verdict = desired.rollout, desired.last, self._bake.verdict(desired)
-        shown = RolloutStatus(
-            model=self._name,
-            generation=desired.generation,
-            stable=desired.aliases.get(STABLE),
-            pin=desired.pin,
-            last_version=last.version if last is not None else None,
-            last_outcome=last.outcome if last is not None else "",
-            last_reason=last.reason if last is not None else "",
-            rejected={n: f"{one.gate}: {one.reason}" for n, one in desired.rejected.items()},
-            verdict=verdict.reason if verdict is not None else "",
-            figures=verdict.figures if verdict is not None else {},
-            versions=tuple(self._parts()),
-        )
-        if rollout is None:
-            return shown
-        return replace(
-            shown,
-            id=rollout.id,
-            phase=rollout.phase.value,
-            version=rollout.version,
-            previous=rollout.previous,
-            steps=tuple(StepStatus(kind=s.kind.value, share=s.share, bake_s=s.bake_s) for s in rollout.steps),
-            step=rollout.step,
-            paused=rollout.paused,
-            phase_age_s=self._bake.age_s,
-            bake_s=rollout.current.bake_s if rollout.current is not None else desired.policy.watch_s,
-        )
-
-    def _parts(self) -> list[RolloutVersion]:
-        rollout = self.desired.rollout
-        places = {policy.charge(self._snapshot()): "stable"}
-        if rollout is not None:
-            other = rollout.previous if rollout.phase is Phase.WATCH else rollout.version
-            places.setdefault(other, "previous" if rollout.phase is Phase.WATCH else "candidate")
         share = self._route.canary.share if self._route.canary is not None else 0.0
-        shares = {"stable": 1.0 - share, "candidate": share, "previous": 0.0}
-        return [
-            RolloutVersion(
-                version=number,
-                place=place,
-                state=self._versions[number].state,
-                share=shares[place],
-                gates=self._versions[number].gates,
-                traffic=self._bake.traffic(number),
-            )
-            for number, place in places.items()
-            if number is not None and number in self._versions
-        ]
+        return reporting.rollout_status(self._name, self._versions, self.desired, self._bake, share)
 
     async def stop(self) -> None:
         """Ends all its engines and tasks."""
@@ -584,54 +479,10 @@ class ModelRollout:
         self._route.serving = self._route.canary = None
         self._route.available.clear()
         loaded = [tracked for tracked in self._versions.values() if tracked.servable is not None]
-        await asyncio.gather(*(_servable(tracked).stop() for tracked in loaded), return_exceptions=True)
+        await asyncio.gather(*(tracked.loaded.stop() for tracked in loaded), return_exceptions=True)
         for tracked in self._versions.values():
             tracked.hold.close()
 
 
 def _both_batch(signature: str, one: Servable, other: Servable) -> bool:
     return all(signature in s.signatures and s.signatures[signature].batched for s in (one, other))
-
-
-def _servable(tracked: Tracked) -> Servable:
-    assert tracked.servable is not None
-    return tracked.servable
-
-
-def _state_text(tracked: Tracked) -> str:
-    return f"{tracked.state.value} ({tracked.reason})" if tracked.reason else tracked.state.value
-
-
-def _version_snapshot(tracked: Tracked, now: float) -> VersionSnapshot:
-    servable = tracked.servable
-    return VersionSnapshot(
-        state=tracked.state,
-        leases=servable.leases if servable is not None else 0,
-        streams=servable.streams if servable is not None else 0,
-        age_s=now - tracked.since_s,
-        in_registry=tracked.in_registry,
-        put_off=now < tracked.retry_at_s,
-        streams_ended=servable is not None and servable.retire_streams.is_set(),
-        streams_ended_s=servable.retire_streams.age_s if servable is not None else 0.0,
-    )
-
-
-def _version_status(tracked: Tracked) -> VersionStatus:
-    servable, manifest = tracked.servable, tracked.manifest
-    signatures: tuple[SignatureStatus, ...] = ()
-    if servable is not None and servable.signatures:
-        served = [servable.signatures[name] for name in sorted(servable.signatures)]
-        signatures = tuple(SignatureStatus(signature.spec, signature.batched) for signature in served)
-    elif manifest is not None:
-        specs = [manifest.signatures[name] for name in sorted(manifest.signatures)]
-        signatures = tuple(SignatureStatus(spec, is_batchable(spec)) for spec in specs)
-    return VersionStatus(
-        version=tracked.version,
-        state=tracked.state,
-        reason=tracked.reason,
-        since=tracked.since,
-        engine=servable.engine_name if servable is not None else "",
-        golden_examples=servable.golden_examples if servable is not None else 0,
-        signatures=signatures,
-        metrics=dict(manifest.metrics) if manifest is not None else {},
-    )

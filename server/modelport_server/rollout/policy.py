@@ -97,10 +97,18 @@ class ModelSnapshot:
     """Whether a decision is on its way to the registry."""
 
 
+def in_charge(desired: Desired) -> int | None:
+    """Returns the version that should answer calls which name none: the pinned one, or else ``stable``.
+
+    A pin on a version that was rejected holds up rollouts, but not the traffic.
+    """
+    pinned = desired.pin is not None and desired.pin not in desired.rejected
+    return desired.pin if pinned else desired.aliases.get(STABLE)
+
+
 def charge(snapshot: ModelSnapshot) -> int | None:
-    """Returns the version that should answer calls which name none: the pinned one, or else ``stable``."""
-    desired = snapshot.desired
-    return desired.pin if desired.pin is not None else desired.aliases.get(STABLE)
+    """Returns the version that should be in charge of a model."""
+    return in_charge(snapshot.desired)
 
 
 def share(snapshot: ModelSnapshot) -> tuple[int, StepKind, float] | None:
