@@ -10,6 +10,7 @@ from pathlib import Path
 from modelport import Client, RolloutInfo
 from modelport_registry import Phase, Registry, RolloutPolicy, Strategy
 from tests.support.bad_versions import DISAGREEING, GOOD_CLASSES, class_golden
+from tests.support.launch import program
 from tests.support.load import ClassCalls, Load, LoadOptions, load
 from tests.support.rollouts import Watched, details
 from tests.support.server import ServerProcess, run_server, wait_for
@@ -28,7 +29,7 @@ def policy(bake_s: float) -> RolloutPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A server under light load, so that there is time for shadows."""
+    """A server under light load."""
 
     server: ServerProcess
     watched: Watched
@@ -54,7 +55,8 @@ def serving(tmp_path: Path, models: Path, bake_s: float) -> Generator[Stage]:
     watched.registry.set_policy(MODEL, policy(bake_s))
     callers = ClassCalls(lambda version: TAG, candidate=CANDIDATE)
     options = LoadOptions(unary=2, pinned=1, followers=1, pause_s=0.05, inputs=callers.inputs, check=callers.check)
-    with run_server(watched.registry.root, tmp_path, "--threads", "1") as server:
+    idle = program(spare=True)  # else nothing is copied while other tests use the machine
+    with run_server(watched.registry.root, tmp_path, "--threads", "1", program=idle) as server:
         assert watched.wait_over(STABLE) == "promoted"
         with load(server.address, MODEL, options) as background:
             yield Stage(server, watched, models, callers, background)

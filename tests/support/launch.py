@@ -3,7 +3,8 @@
 ``python -m tests.support.launch '{"engine": {"golden_timeout_s": 5}, "stub": false}' serve ...``: what comes
 after the settings is what ``modelport`` takes. With ``stub`` the engine processes run
 ``tests.support.stub_engine``, whose folder is ``hold``, and their speed is measured for an instant only;
-everything else is what it always is.
+with ``spare`` the machine always has a core to spare, whatever else it does. Everything else is what it
+always is.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from modelport_server import options
 from modelport_server.engines import spawner
 from modelport_server.gates.speed import compare_speed
 from modelport_server.rollout import model
+from modelport_server.rollout.spare import SpareTime
 from tests.support.stub_engine import HOLD
 
 _SPEED_S = 0.01
 """What a stub's speed is measured for: all are alike, and thousands of seconds would be lost."""
 
 
-def program(*, stub: bool = False, hold: Path | None = None, **engine: Any) -> tuple[str, ...]:
+def program(*, stub: bool = False, hold: Path | None = None, spare: bool = False, **engine: Any) -> tuple[str, ...]:
     """Returns what ``run_server`` takes as program for engines with these limits."""
-    settings = {"engine": engine, "stub": stub, "hold": str(hold or "")}
+    settings = {"engine": engine, "stub": stub, "hold": str(hold or ""), "spare": spare}
     return "tests.support.launch", json.dumps(settings)
 
 
@@ -51,6 +53,8 @@ def main() -> None:
         os.environ[HOLD] = settings["hold"]
         setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
         setattr(model, "compare_speed", partial(compare_speed, budget_s=_SPEED_S))  # noqa: B010
+    if settings["spare"]:
+        setattr(SpareTime, "there_is", lambda self: True)  # noqa: B010
     modelport()
 
 
