@@ -1,36 +1,27 @@
 """Whether a candidate does worse than the stable version: statistics that may be looked at all the time.
 
-Everything is reduced to shares: of calls that failed, of calls that were slow, of rows of one category.
-Each share is tested by the same sequential test, see ``worse_share``. ``docs/rollout-statistics.md``
-says what is tested with which error rates, and how that was measured.
+What is compared is in ``signs``, the tests behind it in ``sequential``. ``docs/rollout-statistics.md`` says
+how sure a verdict is, how soon it comes, and how that was measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-
 from modelport_registry import JSON
-from modelport_server.rollout.evidence import NON_FINITE, EvidenceSnapshot, Tally
+from modelport_server.rollout.evidence import CALLER_FAULTS, FAILED, EvidenceSnapshot, quantile
+from modelport_server.rollout.signs import Sign, View, engine_time, errors, latency, outputs, view
 
-ALPHA = 1e-5
-"""How likely one test is to find a healthy version worse, over all the times that it is looked at."""
-_POINTS = 64
-_WINDOW_WEIGHT = 5.0
-"""How many independent calls the calls of one window are worth at most."""
+_ALARMS = {"errors": 0.5, "latency": 0.125, "engine": 0.125, "non-finite": 0.125, "outputs": 0.125}
+"""How the false alarms that are accepted are divided: errors are rare, and each has to say much."""
 _LEAST_WINDOWS = 4
-_LATENCY_MARGIN = 0.25
-_LATENCY_FLOOR_S = 0.0005
-"""A difference of latencies that nobody notices; an engine with little to do is a little slower for that."""
-_CATEGORY_MARGIN = 0.15
-_NON_FINITE_MARGIN = 0.002
 _LEAST_STABLE = 30
 _HANG_S = 2.0
 _HANG_RATIO = 20.0
+_HANG_LONGEST = 3.0
 
 
 class VerdictKind(Enum):
@@ -39,7 +30,7 @@ class VerdictKind(Enum):
     WORSE = "worse"
     FINE = "fine"
     WAITING = "waiting"
-    """There is too little of it."""
+    """There is too little of it, or it may become worse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +46,24 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonLimits:
-    """How much worse a candidate may be."""
+    """How much worse a candidate may be, and how sure one has to be of it."""
 
     max_error_increase: float = 0.002
     """By how much its share of failed calls may be larger, absolute."""
     max_latency_ratio: float = 1.5
-    """How many times as long it may take."""
+    """How many times as long it may take, in the median."""
+    max_output_shift: float = 0.1
+    """Which share of the rows may be of another category, as the total variation distance; 0 to 1."""
     min_calls: int = 100
     """How many calls it must have had before it can be called fine."""
+    false_alarm: float = 2e-5
+    """How likely a candidate that is as good is called worse in one step, over all looks at it."""
+    suspicion: float = 0.05
+    """How likely a sign must be by chance for a candidate to be called fine in spite of it."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.false_alarm < 1 and 0 < self.suspicion < 1):
+            raise ValueError("false_alarm and suspicion must be between 0 and 1")
 
 
 def compare(
@@ -77,172 +78,71 @@ def compare(
         concurrent: whether both had their share of the same calls at the same time. If not, what depends
             on the callers is left out: calls that blame the inputs, and times that include waiting.
     """
-    figures: dict[str, JSON] = {"stable_calls": stable.calls, "candidate_calls": candidate.calls}
-    tests = (
-        _errors(stable, candidate, limits, figures, concurrent),
-        _latency(stable, candidate, limits, figures) if concurrent else "",
-        _engine_time(stable, candidate, limits, figures),
-        _outputs(stable, candidate, figures),
-        _hang(stable, candidate, figures),
-    )
-    reason = next((found for found in tests if found), "")
-    if reason:
-        return Verdict(VerdictKind.WORSE, reason, figures)
-    if candidate.calls < limits.min_calls:
-        text = f"{candidate.calls} of the {limits.min_calls} calls that it takes to tell"
-        return Verdict(VerdictKind.WAITING, text, figures)
-    if candidate.windows < _LEAST_WINDOWS:
-        return Verdict(VerdictKind.WAITING, "its calls came all at once", figures)
-    return Verdict(VerdictKind.FINE, f"no worse in {candidate.calls} calls", figures)
+    one = view(stable, candidate, concurrent=concurrent)
+    figures = _figures(stable, candidate)
+    if hang := _hang(stable, candidate):
+        return Verdict(VerdictKind.WORSE, hang, figures)
+    signs = _signs(one, limits, concurrent=concurrent)
+    if signs and _sure(signs[0]) >= math.log(1 / limits.false_alarm):
+        return Verdict(VerdictKind.WORSE, signs[0].reason, {**figures, **_of_sign(signs[0])})
+    if why := _too_little(stable, candidate, limits):
+        return Verdict(VerdictKind.WAITING, why, figures)
+    if signs and _sure(signs[0]) >= math.log(1 / limits.suspicion):
+        return Verdict(VerdictKind.WAITING, f"it may be worse: {signs[0].reason}", {**figures, **_of_sign(signs[0])})
+    return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
 
 
-def _errors(
-    stable: EvidenceSnapshot,
-    candidate: EvidenceSnapshot,
-    limits: ComparisonLimits,
-    figures: dict[str, JSON],
-    concurrent: bool,
-) -> str:
-    before = stable.failed + (stable.caller_faults if concurrent else 0)
-    now = candidate.failed + (candidate.caller_faults if concurrent else 0)
-    figures["stable_errors"], figures["candidate_errors"] = before, now
-    if not worse_share(before, stable.calls, now, candidate.calls, limits.max_error_increase):
-        return ""
-    return f"{now} of {candidate.calls} calls failed, of the stable version's {before} of {stable.calls}"
+def _signs(one: View, limits: ComparisonLimits, *, concurrent: bool) -> list[Sign]:
+    """Returns the signs that are beyond the limits, the surest first."""
+    found = [
+        errors(one, limits.max_error_increase, caller_faults=concurrent),
+        engine_time(one, limits.max_latency_ratio),
+        *outputs(one, limits.max_output_shift),
+    ]
+    if concurrent:
+        found.append(latency(one, limits.max_latency_ratio))
+    return sorted((sign for sign in found if sign.real), key=_sure, reverse=True)
 
 
-def _latency(
-    stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: ComparisonLimits, figures: dict[str, JSON]
-) -> str:
-    before, now = stable.latency.quantile(0.5), candidate.latency.quantile(0.5)
-    figures["stable_p50_ms"], figures["candidate_p50_ms"] = round(before * 1e3, 3), round(now * 1e3, 3)
-    if not slower(stable.latency, candidate.latency, limits.max_latency_ratio):
-        return ""
-    return f"calls take {now * 1e3:.3g} ms in the median, the stable version's {before * 1e3:.3g} ms"
+def _sure(sign: Sign) -> float:
+    """Returns the logarithm of how much speaks for a sign, as one of several that are looked for."""
+    return sign.log_e + math.log(_ALARMS[sign.name])
 
 
-def _engine_time(
-    stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: ComparisonLimits, figures: dict[str, JSON]
-) -> str:
-    """Compares batches of about the same size: under load the stable version's are larger."""
-    for key in sorted(candidate.engine.keys() & stable.engine.keys()):
-        before, now = stable.engine[key], candidate.engine[key]
-        if slower(before, now, limits.max_latency_ratio):
-            rows = 1 << (key[1] - 1)
-            figures["engine_rows"] = rows
-            figures["stable_engine_ms"] = round(before.quantile(0.5) * 1e3, 3)
-            figures["candidate_engine_ms"] = round(now.quantile(0.5) * 1e3, 3)
-            return (
-                f"batches of {rows} rows and more take {now.quantile(0.5) * 1e3:.3g} ms in the median, "
-                f"the stable version's {before.quantile(0.5) * 1e3:.3g} ms"
-            )
+def _figures(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> dict[str, JSON]:
+    figures: dict[str, JSON] = {}
+    for name, seen in (("stable", stable), ("candidate", candidate)):
+        figures[f"{name}_calls"] = seen.ended
+        figures[f"{name}_errors"] = int(seen.calls.totals[FAILED] + seen.calls.totals[CALLER_FAULTS])
+        figures[f"{name}_p50_ms"] = round(quantile(seen.times, 0.5) * 1e3, 3)
+    return figures
+
+
+def _of_sign(sign: Sign) -> dict[str, JSON]:
+    return {"sign": sign.name, "log_e": round(sign.log_e, 2), "seen": dict(sign.figures)}
+
+
+def _too_little(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: ComparisonLimits) -> str:
+    """Returns why there is too little evidence to call a candidate fine."""
+    if candidate.ended < limits.min_calls:
+        return f"{candidate.ended} of the {limits.min_calls} calls that it takes to tell"
+    least = min(_LEAST_STABLE, limits.min_calls)
+    if 0 < stable.ended < least:
+        return f"{stable.ended} of the {least} calls of the stable version that it takes to tell"
+    if candidate.calls.level == 0 and len(candidate.calls.windows) < _LEAST_WINDOWS:
+        return "its calls came all at once"
     return ""
 
 
-def slower(before: Tally, now: Tally, ratio: float) -> bool:
-    """Returns whether times have become longer by more than ``ratio``, in the median and beyond chance."""
-    if before.total < _LEAST_STABLE or now.windows < _LEAST_WINDOWS:
-        return False
-    limit_s = before.quantile(0.5) * ratio + _LATENCY_FLOOR_S
-    if now.quantile(0.5) <= limit_s:
-        return False
-    weight = _weight(now)
-    return worse_share(
-        before.above(limit_s), before.total, now.above(limit_s) * weight, now.total * weight, _LATENCY_MARGIN
-    )
-
-
-def _weight(tally: Tally) -> float:
-    """Returns what one count is worth: those of one window are not independent of each other."""
-    return min(1.0, _WINDOW_WEIGHT * tally.windows / tally.total) if tally.total else 1.0
-
-
-def _outputs(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, figures: dict[str, JSON]) -> str:
-    for key, now in sorted(candidate.outputs.items()):
-        before = stable.outputs.get(key)
-        if before is None or before.total < _LEAST_STABLE or now.windows < _LEAST_WINDOWS:
-            continue
-        for category, margin in _suspects(before, now):
-            weight, count = _weight(now), before.counts.get(category, 0.0)
-            alpha = ALPHA / max(len(now.counts), 1)
-            if worse_share(count, before.total, now.counts[category] * weight, now.total * weight, margin, alpha):
-                share, was = now.counts[category] / now.total, count / before.total
-                figures["output"], figures["category"] = key[1], category
-                figures["stable_share"], figures["candidate_share"] = round(was, 4), round(share, 4)
-                what = "has NaN or infinity" if category == NON_FINITE else f"is in category {category}"
-                return f"output {key[1]!r} {what} in {share:.1%} of the rows, the stable version's in {was:.1%}"
-    return ""
-
-
-def _suspects(before: Tally, now: Tally) -> Iterator[tuple[int | str, float]]:
-    """Yields the categories that have become much more frequent, each with what it may have."""
-    for category, count in now.counts.items():
-        margin = _NON_FINITE_MARGIN if category == NON_FINITE else _CATEGORY_MARGIN
-        if count / now.total > before.counts.get(category, 0.0) / before.total + margin:
-            yield category, margin
-
-
-def _hang(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, figures: dict[str, JSON]) -> str:
-    limit_s = max(_HANG_S, _HANG_RATIO * stable.latency.quantile(0.99))
-    if candidate.oldest_wait_s <= max(limit_s, 2 * stable.oldest_wait_s) or stable.calls < _LEAST_STABLE:
+def _hang(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> str:
+    """Returns what is to be said of a candidate that lets calls wait as the stable version never did."""
+    if stable.ended < _LEAST_STABLE:
         return ""
-    figures["oldest_wait_s"] = round(candidate.oldest_wait_s, 3)
-    return f"a call has been waiting for {candidate.oldest_wait_s:.1f} s; the stable version's take no such time"
-
-
-def worse_share(
-    before: float, of_before: float, now: float, of_now: float, margin: float, alpha: float = ALPHA
-) -> bool:
-    """Returns whether a share has risen by more than ``margin``, beyond chance.
-
-    The share before is taken at the upper end of its confidence sequence of level ``alpha`` / 2 (the
-    beta-binomial mixture of Robbins 1970). The share now is tested against that plus ``margin`` by the
-    likelihood ratio, mixed evenly over all larger shares; it exceeds 2 / ``alpha`` at any time with a
-    probability of at most ``alpha`` / 2 (Ville 1939). So the test may be repeated after every call.
-
-    Args:
-        before: how many of ``of_before`` there were.
-        of_before: how many there could have been.
-        now: the same for what is tested.
-        of_now: the same.
-        margin: the rise that is allowed, absolute.
-        alpha: how likely a false alarm may be.
-    """
-    if of_now <= 0 or now / of_now <= margin:
-        return False
-    limit = upper_limit(before, of_before, alpha / 2) + margin
-    return limit < 1 and now / of_now > limit and log_mixture_ratio(now, of_now, limit) > math.log(2 / alpha)
-
-
-def upper_limit(count: float, total: float, alpha: float) -> float:
-    """Returns the upper end of a share's confidence sequence: valid at all times together.
-
-    A share p is outside once the likelihood, mixed evenly over all shares, is 1 / ``alpha`` times that of p.
-    """
-    if total <= 0:
-        return 1.0
-    evidence = math.lgamma(count + 1) + math.lgamma(total - count + 1) - math.lgamma(total + 2)
-    low, high = count / total, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if evidence - _log_likelihood(count, total, middle) > math.log(1 / alpha):
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def log_mixture_ratio(count: float, total: float, limit: float) -> float:
-    """Returns the logarithm of the likelihood ratio of all shares above ``limit``, mixed evenly, to ``limit``."""
-    shares = limit + (1 - limit) * (np.arange(_POINTS) + 0.5) / _POINTS
-    logs = count * np.log(shares) + (total - count) * np.log1p(-shares) - _log_likelihood(count, total, limit)
-    highest = float(logs.max())
-    return highest + math.log(float(np.exp(logs - highest).mean()))
-
-
-def _log_likelihood(count: float, total: float, share: float) -> float:
-    if share <= 0:
-        return 0.0 if count <= 0 else -math.inf
-    if share >= 1:
-        return 0.0 if count >= total else -math.inf
-    return count * math.log(share) + (total - count) * math.log1p(-share)
+    longest_s, usual_s = quantile(stable.times, 1.0), quantile(stable.times, 0.99)
+    limit_s = max(_HANG_S, _HANG_LONGEST * longest_s, _HANG_RATIO * usual_s, 2 * stable.oldest_wait_s)
+    if candidate.oldest_wait_s <= limit_s:
+        return ""
+    return (
+        f"it has not answered for {candidate.oldest_wait_s:.1f} s while a call waits; "
+        f"the stable version took {longest_s:.3g} s at most"
+    )

@@ -1,0 +1,320 @@
+"""Verdicts on candidates: the sick are found out within few calls, the healthy are left alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from modelport_server.rollout.comparison import ComparisonLimits, Verdict, VerdictKind, compare
+from modelport_server.rollout.evidence import Evidence, EvidenceSnapshot, Outcome
+from modelport_server.rollout.sequential import ODDS, Shares, paired, since, single, upper_limit
+from modelport_server.tensors import RawTensor
+from tests.support.simulated_rollouts import Fault, World, looks
+from tests.unit.test_evidence import SIGNATURE, Clock, raw
+
+LIMITS = ComparisonLimits()
+CLASSES = np.eye(10, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a simulated step ended."""
+
+    verdict: Verdict
+    at_s: float
+    calls: int
+    """The candidate's since its fault began."""
+
+
+def run(world: World, seed: int = 1, *, concurrent: bool = True, every: int = 2) -> End:
+    """Looks at a simulated step until the candidate is found to be worse, or to its end."""
+    before, end = 0, None
+    for look in looks(world, np.random.default_rng(seed), every):
+        if look.at_s <= world.fault.at_s:
+            before = look.candidate.ended
+        verdict = compare(look.stable, look.candidate, LIMITS, concurrent=concurrent)
+        end = End(verdict, look.at_s, look.candidate.ended - before)
+        if verdict.kind is VerdictKind.WORSE:
+            break
+    assert end is not None
+    return end
+
+
+FAULTS = {
+    "errors": (Fault(errors=0.05), 250),
+    "all errors": (Fault(errors=1.0), 30),
+    "slow": (Fault(slower=2.0), 60),
+    "one class": (Fault(one_class=1.0), 40),
+    "non-finite": (Fault(non_finite=0.1), 100),
+}
+
+
+@pytest.mark.parametrize("at_s", [0.0, 10.0])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_at_one_percent(name: str, at_s: float) -> None:
+    fault, calls = FAULTS[name]
+    fault = Fault(at_s=at_s, errors=fault.errors, slower=fault.slower, one_class=fault.one_class,
+                  non_finite=fault.non_finite)  # fmt: skip
+    end = run(World(fault=fault))
+    assert end.verdict.kind is VerdictKind.WORSE
+    assert end.calls < calls
+    assert end.verdict.figures["sign"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_within_seconds_at_larger_shares(name: str, share: float) -> None:
+    end = run(World(share=share, seconds=20, fault=FAULTS[name][0]))
+    assert end.verdict.kind is VerdictKind.WORSE
+    assert end.at_s <= 8
+
+
+HEALTHY = {
+    "steady": World(),
+    "half": World(share=0.5, seconds=20),
+    "bursts": World(together=8, slow_share=0.2, spread=0.6),
+    "outages of both": World(share=0.1, slow_share=0.1, errors_when_slow=0.5),
+    "drift": World(share=0.1, drift=1.0),
+    "few calls": World(calls_per_s=5, share=0.5),
+    "rare classes": World(share=0.1, even=0.3),
+    "errors of both": World(share=0.1, errors=0.05),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_candidate_is_fine(name: str) -> None:
+    end = run(HEALTHY[name], every=8)
+    assert end.verdict.kind is VerdictKind.FINE, end.verdict
+
+
+def test_too_few_calls_are_waited_for() -> None:
+    end = run(World(calls_per_s=20, seconds=20), every=8)
+    assert end.verdict.kind is VerdictKind.WAITING
+    assert "of the 100 calls" in end.verdict.reason
+
+
+def test_nothing_at_all_is_waited_for() -> None:
+    nothing = Evidence(Clock()).snapshot()
+    assert compare(nothing, nothing, LIMITS).kind is VerdictKind.WAITING
+    assert compare(nothing, nothing, LIMITS, concurrent=False).kind is VerdictKind.WAITING
+
+
+class Pair:
+    """Two versions that are called by hand, on one clock."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.stable, self.candidate = Evidence(self.clock), Evidence(self.clock)
+        self.rng = np.random.default_rng(3)
+
+    def windows(
+        self,
+        count: int,
+        stable: int = 40,
+        candidate: int = 4,
+        *,
+        slower: float = 1.0,
+        outcome: Outcome = Outcome.ANSWERED,
+    ) -> None:
+        """Lets some windows of time pass, with so many calls in each."""
+        for _ in range(count):
+            for _ in range(stable):
+                self.call(self.stable, 0.005)
+            for number in range(candidate):
+                self.call(self.candidate, 0.005 * slower, outcome if number == 0 else Outcome.ANSWERED)
+            self.clock.now_s += 0.25
+
+    def call(self, evidence: Evidence, latency_s: float, outcome: Outcome = Outcome.ANSWERED) -> None:
+        evidence.on_call(outcome, latency_s * float(self.rng.uniform(0.9, 1.1)))
+
+    def compare(self, *, concurrent: bool = True, oldest_wait_s: float = 0.0) -> Verdict:
+        now = self.candidate.snapshot(oldest_wait_s=oldest_wait_s)
+        return compare(self.stable.snapshot(), now, LIMITS, concurrent=concurrent)
+
+
+def test_calls_that_blame_the_inputs_count_beside_others_of_the_same_time() -> None:
+    pair = Pair()
+    pair.windows(12, outcome=Outcome.CALLER_FAULT)
+    assert pair.compare().kind is VerdictKind.WORSE
+    assert pair.compare(concurrent=False).kind is not VerdictKind.WORSE
+
+
+def test_callers_that_leave_a_slow_candidate_speak_against_it() -> None:
+    pair = Pair()
+    pair.windows(30, slower=20, outcome=Outcome.CANCELLED)
+    verdict = pair.compare()
+    assert verdict.kind is VerdictKind.WORSE
+    assert verdict.figures["sign"] == "latency"
+
+
+def test_a_small_difference_of_latency_is_fine() -> None:
+    pair = Pair()
+    pair.windows(200, slower=1.3)
+    assert pair.compare().kind is VerdictKind.FINE
+
+
+def test_a_hiccup_of_a_second_is_no_reason_to_go_back() -> None:
+    pair = Pair()
+    pair.windows(20)
+    pair.windows(4, slower=5)
+    pair.windows(20)
+    assert pair.compare().kind is VerdictKind.FINE
+
+
+def test_a_call_that_is_never_answered_is_a_hang() -> None:
+    pair = Pair()
+    pair.windows(10)
+    for _ in range(20):
+        pair.clock.now_s += 0.2
+        pair.compare()
+    assert pair.compare(oldest_wait_s=4.0).kind is VerdictKind.WORSE
+    assert "has not answered for 3.8 s" in pair.compare(oldest_wait_s=4.0).reason
+
+
+def test_a_wait_is_none_where_the_stable_version_takes_as_long() -> None:
+    pair = Pair()
+    pair.windows(10)
+    pair.stable.on_call(Outcome.ANSWERED, 3.0)
+    for _ in range(20):
+        pair.clock.now_s += 0.2
+        pair.compare()
+    assert pair.compare(oldest_wait_s=4.0).kind is not VerdictKind.WORSE
+
+
+def batches(
+    evidence: Evidence, outputs: list[RawTensor], *, engine_us: int = 2000, rows: int = 1, count: int = 8
+) -> None:
+    for _ in range(count):
+        evidence.on_call(Outcome.ANSWERED, 0.005)
+        evidence.on_batch(SIGNATURE, rows, engine_us, outputs)
+
+
+def baseline(pair: Pair, windows: int = 60) -> EvidenceSnapshot:
+    """Returns what the stable version did on its own, earlier."""
+    for _ in range(windows):
+        batches(pair.stable, [raw(CLASSES[pair.rng.integers(10, size=1)])])
+        pair.clock.now_s += 0.25
+    return pair.stable.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("engine_us", "one_class", "broken", "sign"),
+    [(2000, False, False, ""), (5000, False, False, "engine"), (2000, True, False, "outputs"),
+     (2000, False, True, "non-finite")],
+)  # fmt: skip
+def test_a_promoted_version_is_compared_with_what_its_predecessor_did(
+    engine_us: int, one_class: bool, broken: bool, sign: str
+) -> None:
+    pair = Pair()
+    before = baseline(pair)
+    pair.clock.now_s += 60
+    for _ in range(120):
+        scores = CLASSES[pair.rng.integers(1 if one_class else 10, size=1)]
+        batches(pair.candidate, [raw(scores * (math.nan if broken else 1))], engine_us=engine_us)
+        pair.clock.now_s += 0.25
+    verdict = compare(before, pair.candidate.snapshot(), LIMITS, concurrent=False)
+    assert verdict.kind is (VerdictKind.WORSE if sign else VerdictKind.FINE), verdict
+    assert verdict.figures.get("sign", "") == sign
+
+
+def test_a_promoted_version_that_fails_goes_back() -> None:
+    pair = Pair()
+    before = baseline(pair, 240)
+    for _ in range(80):
+        batches(pair.candidate, [], count=19)
+        pair.candidate.on_call(Outcome.FAILED, 0.005)
+        pair.clock.now_s += 0.25
+    verdict = compare(before, pair.candidate.snapshot(), LIMITS, concurrent=False)
+    assert verdict.kind is VerdictKind.WORSE
+    assert verdict.figures["sign"] == "errors"
+
+
+def test_batches_are_compared_with_those_of_their_size() -> None:
+    pair = Pair()
+    for _ in range(60):
+        batches(pair.stable, [], rows=32, engine_us=20_000)
+        batches(pair.stable, [], rows=1, engine_us=2000, count=2)
+        batches(pair.candidate, [], rows=32, engine_us=20_000, count=4)
+        pair.clock.now_s += 0.25
+    assert pair.compare().kind is VerdictKind.FINE
+    for _ in range(60):
+        batches(pair.stable, [], rows=32, engine_us=20_000)
+        batches(pair.stable, [], rows=1, engine_us=2000, count=2)
+        batches(pair.candidate, [], rows=1, engine_us=4000, count=2)
+        pair.clock.now_s += 0.25
+    assert pair.compare().figures["sign"] == "engine"
+
+
+@pytest.mark.parametrize(("mean", "kind"), [(1.0, VerdictKind.FINE), (1.6, VerdictKind.WORSE)])
+def test_outputs_without_classes_are_compared_by_their_size(mean: float, kind: VerdictKind) -> None:
+    pair = Pair()
+    for _ in range(40):
+        for evidence, middle in ((pair.stable, 1.0), (pair.candidate, mean)):
+            prices = pair.rng.normal(middle, 0.1, (4, 1)).astype(np.float32)
+            batches(evidence, [raw(prices, "price")], rows=4)
+        pair.clock.now_s += 0.25
+    assert pair.compare().kind is kind
+
+
+@pytest.mark.parametrize(("moved", "kind"), [(0.05, VerdictKind.FINE), (0.4, VerdictKind.WORSE)])
+def test_a_version_that_has_learnt_may_answer_a_little_otherwise(moved: float, kind: VerdictKind) -> None:
+    pair = Pair()
+    for _ in range(200):
+        for evidence, share in ((pair.stable, 0.0), (pair.candidate, moved)):
+            for _ in range(8):
+                named = pair.rng.integers(10, size=1)
+                batches(evidence, [raw(CLASSES[named if pair.rng.random() > share else [3]])], count=1)
+        pair.clock.now_s += 0.25
+    assert pair.compare().kind is kind
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(ValueError, match="false_alarm"):
+        ComparisonLimits(false_alarm=0)
+
+
+def test_a_bet_on_what_chance_decides_wins_nothing() -> None:
+    """The expectation of every bet, summed over all outcomes of an urn, is at most 1."""
+    for of, stable_of, hits in ((3, 30, 4), (20, 20, 5), (40, 10, 30), (1, 200, 1)):
+        least, most = max(0, hits - stable_of), min(hits, of)
+        own = np.arange(least, most + 1, dtype=np.float64)
+        chances = np.array([math.comb(of, int(k)) * math.comb(stable_of, hits - int(k)) for k in own], np.float64)
+        chances /= math.comb(of + stable_of, hits)
+        size = np.ones(len(own))
+        for units in (1.0, 4.0, 1e9):
+            bets = paired(Shares(own, size * of, hits - own, size * stable_of), 0.0, size * units)
+            assert bets.shape == (len(ODDS), len(own))
+            assert (np.exp(bets) @ chances <= 1 + 1e-9).all()
+
+
+def test_a_bet_against_a_known_share_wins_nothing() -> None:
+    own = np.arange(21, dtype=np.float64)
+    chances = np.array([math.comb(20, int(k)) * 0.3**k * 0.7 ** (20 - k) for k in own])
+    for units in (1.0, 1e9):
+        bets = single(own, np.full(21, 20.0), 0.3, np.full(21, units))
+        assert (np.exp(bets) @ chances <= 1 + 1e-9).all()
+
+
+def test_stakes_add_up_to_one() -> None:
+    found = since(np.zeros((3, 400)))
+    assert found.log_e == pytest.approx(0, abs=0.01)
+    assert found.log_e <= 0
+
+
+def test_the_begin_of_a_fault_is_found() -> None:
+    bets = np.full((1, 100), -0.5)
+    bets[:, 60:] = 1.0
+    found = since(bets)
+    assert found.first == 60
+    assert 40 - 8 < found.log_e < 40
+
+
+def test_the_upper_limit_of_a_share() -> None:
+    assert upper_limit(0, 0, 0.01) == 1
+    assert upper_limit(5, 10, 0.01) > 0.8
+    assert upper_limit(0, 10_000, 0.01) == pytest.approx(math.log(100) / 10_000, rel=0.01)
+    assert upper_limit(100, 10_000, 0.01) == pytest.approx(0.0131, abs=0.0003)
+    assert upper_limit(10, 10, 0.01) == 1
