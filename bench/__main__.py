@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 
@@ -10,6 +11,7 @@ BENCHMARKS = ("serving", "loading", "shadow")
 
 def main() -> None:
     """Runs the benchmark that the first argument names."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the server ends too
     arguments = sys.argv[1:]
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else BENCHMARKS[0]
     if name not in BENCHMARKS:
