@@ -126,12 +126,23 @@ class _Parts:
     def spin(self, rounds: Any) -> Any:
         """Returns a zero that takes ``rounds`` of computing to get, and that no optimizer sees through."""
         tf, mixer = self.tf, self.module.mixer
-        loop = tf.while_loop(
-            lambda i, _: i < tf.cast(rounds, tf.int64),
-            lambda i, m: (i + 1, tf.tanh(tf.matmul(m, mixer))),
-            [tf.constant(0, tf.int64), mixer.read_value()],
-        )
-        return self.nothing(tf.reduce_sum(loop[1]))
+
+        def mix(matrix: Any, _: Any) -> Any:
+            return tf.tanh(tf.matmul(matrix, mixer))
+
+        return self.nothing(tf.reduce_sum(self._repeat(rounds, mix, mixer.read_value())))
+
+    def _repeat(self, times: Any, body: Callable[[Any, Any], Any], value: Any) -> Any:
+        """Returns a value after ``body`` was done to it and the round's number so many times."""
+        tf = self.tf
+
+        def more(number: Any, _: Any) -> Any:
+            return number < tf.cast(times, tf.int64)
+
+        def once(number: Any, value: Any) -> Any:
+            return number + 1, body(value, number)
+
+        return tf.while_loop(more, once, [tf.constant(0, tf.int64), value], parallel_iterations=1)[1]
 
     def nothing(self, number: Any) -> Any:
         """Returns zero times a number."""
@@ -144,12 +155,10 @@ class _Parts:
         def one() -> Any:
             return ops.TensorListReserve(element_shape=-1, num_elements=1, element_dtype=tf.variant)
 
-        _, lists = tf.while_loop(
-            lambda i, _: i < tf.cast(depth, tf.int64),
-            lambda i, inner: (i + 1, ops.TensorListSetItem(input_handle=one(), index=0, item=inner)),
-            [tf.constant(0, tf.int64), one()],
-            parallel_iterations=1,
-        )
+        def wrap(inner: Any, _: Any) -> Any:
+            return ops.TensorListSetItem(input_handle=one(), index=0, item=inner)
+
+        lists = self._repeat(depth, wrap, one())
         return self.nothing(ops.TensorListLength(input_handle=lists))
 
     def unknown(self) -> Any:
@@ -161,12 +170,12 @@ class _Parts:
     def eat(self, size_bytes: int) -> Any:
         """Returns zero, having filled that much memory, a part at a time."""
         tf, part = self.tf, 64 << 20
-        _, eaten = tf.while_loop(
-            lambda i, _: i < size_bytes // part,
-            lambda i, array: (i + 1, array.write(i, tf.fill([part // 4], tf_float(tf, i)))),
-            [0, tf.TensorArray(tf.float32, size_bytes // part, element_shape=[part // 4])],
-            parallel_iterations=1,
-        )
+
+        def fill(array: Any, number: Any) -> Any:
+            return array.write(tf.cast(number, tf.int32), tf.fill([part // 4], tf_float(tf, number)))
+
+        empty = tf.TensorArray(tf.float32, size_bytes // part, element_shape=[part // 4])
+        eaten = self._repeat(size_bytes // part, fill, empty)
         return self.nothing(tf.reduce_sum(eaten.read(0)))
 
 
@@ -175,10 +184,15 @@ def tf_float(tf: Any, number: Any) -> Any:
     return tf.cast(number, tf.float32)
 
 
-def _parts(weight: float = 2.0) -> _Parts:
+def _tensorflow() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
+    return tf
+
+
+def _parts(weight: float = 2.0) -> _Parts:
+    tf = _tensorflow()
     module = tf.Module()
     module.weights = tf.Variable(np.eye(4, dtype=np.float32) * weight)
     module.mixer = tf.Variable(np.random.default_rng(3).standard_normal((128, 128), np.float32))
@@ -260,6 +274,10 @@ def _at_start(work: Callable[[_Parts], Any]) -> Callable[[_Parts], None]:
     return prepare
 
 
+def _leave_empty(table: Any) -> None:
+    """Puts nothing into a table, which makes it an error to ask it."""
+
+
 def _resource(parts: _Parts, kind: str, initialize: Callable[[Any], None]) -> Any:
     """Returns a table of a kind, and has a model do ``initialize`` with it while it is loaded."""
     tf = parts.tf
@@ -295,7 +313,7 @@ def write_classifier(path: Path, tag: int, bad: str = GOOD_CLASSES) -> None:
     """Writes a classifier that is bad in one way while the mood is 1."""
     parts = _parts()
     tf = parts.tf
-    parts.module.table = _resource(parts, "HashTableV2", lambda table: None)
+    parts.module.table = _resource(parts, "HashTableV2", _leave_empty)
 
     def classify(x: Any) -> dict[str, Any]:
         named, moody = tf.cast(x[:, 0], tf.int64), tf.reduce_max(x[:, 1]) > 0.5

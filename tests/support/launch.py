@@ -45,6 +45,10 @@ def _run_stub(
     return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
 
 
+def _always(spare: SpareTime) -> bool:
+    return True
+
+
 def main() -> None:
     """Runs ``modelport`` with the settings changed."""
     settings: dict[str, Any] = json.loads(sys.argv.pop(1))
@@ -54,7 +58,7 @@ def main() -> None:
         setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
         setattr(model, "compare_speed", partial(compare_speed, budget_s=_SPEED_S))  # noqa: B010
     if settings["spare"]:
-        setattr(SpareTime, "there_is", lambda self: True)  # noqa: B010
+        setattr(SpareTime, "there_is", _always)  # noqa: B010
     modelport()
 
 
