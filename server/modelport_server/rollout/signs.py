@@ -37,6 +37,8 @@ from modelport_server.rollout.timeline import WINDOW_S, Counts, Whole
 
 _UNITS = 4.0
 """How many independent ones whatever happens in one window counts for at most."""
+_TIME_UNITS = 2.0
+"""The same for times: calls of one batch take the same, and one cause slows several batches."""
 _LONE_UNITS = 10.0
 _LONE_TIME_UNITS = 0.5
 _LONE_SLACK = 1.25
@@ -300,7 +302,7 @@ def _order_bets(before: Floats, now: Floats, last: NDArray[np.intp]) -> Floats:
     """
     now = now[:, last]
     both, rows = before + now, np.arange(len(before))
-    units = np.full(len(before), _UNITS)
+    units = np.full(len(before), _TIME_UNITS)
     bets: list[Floats] = []
     for share in _QUANTILES:
         cut = (both >= share * both[:, -1:]).argmax(axis=1)
