@@ -76,11 +76,16 @@ later = threading.Thread(target=done.wait)
 priority.run(lambda: made.append(me()))
 lowered = [me(), os.getpriority(os.PRIO_PROCESS, waiting.native_id)]
 later.start()
+with priority.raised_after(0.01):
+    while priority.can_return and me() == 19:
+        done.wait(0.01)
+    raised = me()
+again = me()
 priority.restore()
 lasting = (threading.main_thread(), waiting, later)
 restored = sorted({os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in lasting})
 done.set()
-print(json.dumps([priority.can_return, made[0], lowered, restored]))
+print(json.dumps([priority.can_return, made[0], lowered, raised, again, restored]))
 """
 
 
@@ -106,7 +111,7 @@ def test_no_socket_leaves_the_machine_and_all_else_works() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")
 def test_a_process_that_may_comes_back_as_a_whole() -> None:
     ordinary = os.getpriority(os.PRIO_PROCESS, 0)
-    assert _run(_PRIORITY, 0) == [True, 19, [19, 19], [ordinary]]
+    assert _run(_PRIORITY, 0) == [True, 19, [19, 19], ordinary, 19, [ordinary]]
 
 
 def test_a_process_that_may_not_keeps_its_own_threads_as_they_are() -> None:
@@ -114,4 +119,4 @@ def test_a_process_that_may_not_keeps_its_own_threads_as_they_are() -> None:
     if ordinary == 19:
         pytest.skip("this process has the lowest priority already")
     nobody = 65534 if os.geteuid() == 0 else 0
-    assert _run(_PRIORITY, nobody) == [False, 19, [ordinary, ordinary], [ordinary]]
+    assert _run(_PRIORITY, nobody) == [False, 19, [ordinary, ordinary], ordinary, ordinary, [ordinary]]

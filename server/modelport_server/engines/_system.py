@@ -10,8 +10,8 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,6 +86,19 @@ class Priority:
         """Gives every thread the priority that the process began with."""
         if self._can_return:
             _set_all(self._ordinary)
+
+    @contextmanager
+    def raised_after(self, seconds: float) -> Generator[None]:
+        """Restores the priority if what is done within takes longer, and lowers it again at the end."""
+        timer = threading.Timer(seconds, self.restore)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            self.lower()
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Returns what ``work`` returns, which is done at the lowest priority."""

@@ -32,6 +32,8 @@ _STOP_S = 1.0
 _USE_POLL_S = 0.2
 _ENDED = "the engine process ended"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+LOADING_GATES = gates.GATES[: gates.GATES.index(gates.SPEED)]
+"""The gates that an engine process passes before it is ready."""
 _STATES = {gates.INTEGRITY: "verifying", gates.LOAD: "loading", gates.GOLDEN: "warming"}
 """The state that a version enters with a gate; it keeps it in the gates after that."""
 
@@ -135,8 +137,8 @@ class EngineProcess:
             raise
 
     def _document(self, order: LoadOrder) -> messages.Message:
-        limits = self._limits
-        return order.to_json() | {"threads": limits.threads, "warm_up_s": limits.warm_up_timeout_s}
+        limits_s = {gate: _limit_s(self._limits, gate) for gate in LOADING_GATES}
+        return order.to_json() | {"threads": self._limits.threads, "limits_s": limits_s}
 
     def _rejection(self) -> RejectedError:
         """Returns the end of the gate in which the process ended."""

@@ -163,7 +163,7 @@ def _is_approximate(dtype: np.dtype[Any]) -> bool:
 def _numbers(array: Array) -> Array:
     """Returns values as float64, the real and the imaginary parts of complex ones apart."""
     if array.dtype.kind == "c":
-        return np.stack([array.real, array.imag], axis=-1).astype(np.float64)
+        return np.ascontiguousarray(array, np.complex128).view(np.float64).reshape(*array.shape, 2)
     return array.astype(np.float64)
 
 

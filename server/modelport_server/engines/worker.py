@@ -33,6 +33,8 @@ from modelport_server.signatures import is_batchable
 from modelport_server.tensors import RawTensor
 
 _MIB = 1 << 20
+_PATIENCE = 0.5
+"""The share of a gate's time after which it is no longer put off for those who serve, so that it comes to its end."""
 
 Figures = dict[str, JSON]
 
@@ -118,7 +120,7 @@ class _Loading:
         self._send = send
         self._order = order = LoadOrder.from_json(document)
         self._threads = int(document["threads"])
-        self._warm_up_s = float(document["warm_up_s"])
+        self._limits_s: Mapping[str, float] = document["limits_s"]
         self._registry = Registry(order.root)
         self._path = self._registry.path(order.model, order.version)
         self._priority = Priority()
@@ -171,7 +173,8 @@ class _Loading:
             self._send({"op": "end"} | result.to_json())
 
         try:
-            yield figures
+            with self._priority.raised_after(self._limits_s[gate] * _PATIENCE):
+                yield figures
         except _SkippedError as skipped:
             end(Outcome.SKIPPED, str(skipped))
         except _UnreadableError:
@@ -255,7 +258,7 @@ class _Loading:
             signatures=manifest.signatures,
             batched=batched,
             largest=self._order.largest,
-            limit_s=self._warm_up_s,
+            limit_s=self._limits_s[gates.WARM_UP],
         )
         try:
             warm_up.run(golden, self._requests())
