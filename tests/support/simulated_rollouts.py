@@ -109,20 +109,30 @@ def _counts(all_of: NDArray[np.int32], windows: int) -> Counts:
 
 def looks(world: World, rng: np.random.Generator, every: int = 1) -> Iterator[Look]:
     """Yields what is known at the end of every window, or of every so many."""
-    stable, candidate = _simulate(world, rng)
-    for window in range(every, len(stable.calls) + 1, every):
+    windows = int(world.seconds / WINDOW_S)
+    stable, candidate = _simulate(world, np.full(windows, world.share), rng)
+    for window in range(every, windows + 1, every):
         yield Look(window * WINDOW_S, stable.until(window), candidate.until(window))
 
 
-def _simulate(world: World, rng: np.random.Generator) -> tuple[_Done, _Done]:
+def watch_looks(world: World, rng: np.random.Generator, every: int = 1) -> Iterator[Look]:
+    """Yields the same of a candidate that has all calls, after the stable version had them for as long."""
     windows = int(world.seconds / WINDOW_S)
+    stable, candidate = _simulate(world, np.repeat([0.0, 1.0], windows), rng)
+    before = stable.until(windows)
+    for window in range(every, windows + 1, every):
+        yield Look(window * WINDOW_S, before, candidate.until(windows + window))
+
+
+def _simulate(world: World, share: Floats, rng: np.random.Generator) -> tuple[_Done, _Done]:
+    windows = len(share)
     wander = np.cumsum(rng.normal(0, world.drift * 0.1, (windows, 2)), axis=0)
     calls = rng.poisson(world.calls_per_s * WINDOW_S * np.exp(wander[:, 0].clip(-2, 1)))
     slow = _episodes(world, windows, rng)
     median = np.log(world.median_s) + wander[:, 1].clip(-1, 1) + slow * np.log(world.slow_factor)
     failing = np.where(slow > 0, max(world.errors_when_slow, world.errors), world.errors)
     mix = _mixes(world, windows, rng)
-    mine = rng.binomial(calls, world.share)
+    mine = rng.binomial(calls, share)
     good = replace(world, fault=Fault())
     return (
         _version(good, calls - mine, median, failing, mix, rng),

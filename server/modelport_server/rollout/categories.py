@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from modelport.tensors import array_from_bytes
 from modelport_server.tensors import RawTensor
 
+Numbers = NDArray[np.float32] | NDArray[np.float64]
+
 NON_FINITE = -(1 << 40)
 """The category of rows with NaN or infinity."""
 MAX_ROWS = 256
@@ -34,7 +36,7 @@ def categories(tensor: RawTensor) -> list[int]:
     return _of_floats(array if array.dtype == np.float64 else array.astype(np.float32, copy=False))
 
 
-def _of_floats(array: NDArray[np.floating]) -> list[int]:
+def _of_floats(array: Numbers) -> list[int]:
     """Returns the categories of an array's rows."""
     flat = array.reshape(len(array), -1)
     scores = array.ndim == 2 and 2 <= array.shape[1] <= _MAX_CLASSES
@@ -43,14 +45,14 @@ def _of_floats(array: NDArray[np.floating]) -> list[int]:
     with np.errstate(invalid="ignore"):
         if float(np.vdot(flat, np.zeros_like(flat))) == 0.0:
             return found
-    finite = np.isfinite(flat).all(axis=1).tolist()
-    return [one if good else NON_FINITE for one, good in zip(found, finite, strict=True)]
+    finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(flat), axis=1)
+    return [one if good else NON_FINITE for one, good in zip(found, finite.tolist(), strict=True)]
 
 
-def _steps(flat: NDArray[np.floating]) -> list[int]:
+def _steps(flat: Numbers) -> list[int]:
     """Returns the size of each row's mean, numbered from the smallest to the largest."""
     with np.errstate(all="ignore"):
-        means = flat.mean(axis=1).astype(np.float32)
-    sizes = np.maximum(np.abs(means), _SMALLEST).view(np.int32) >> _STEP_BITS
+        means: NDArray[np.float32] = flat.mean(axis=1).astype(np.float32)
+    sizes: NDArray[np.int32] = np.maximum(np.abs(means), _SMALLEST).view(np.int32) >> _STEP_BITS
     signed: list[int] = np.where(means < 0, -sizes, sizes).tolist()
     return signed

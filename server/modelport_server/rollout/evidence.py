@@ -63,10 +63,10 @@ def seconds_of(bucket: int) -> float:
 
 def quantile(histogram: Sequence[int] | NDArray[np.int64], share: float) -> float:
     """Returns the time below which ``share`` of a histogram lies, in seconds; 0 without any."""
-    below = np.cumsum(histogram)
+    below: NDArray[np.int64] = np.cumsum(histogram, dtype=np.int64)
     if not len(below) or not below[-1]:
         return 0.0
-    return seconds_of(int(np.searchsorted(below, share * below[-1])))
+    return seconds_of(int(np.searchsorted(below, share * int(below[-1]))))
 
 
 def size_of(rows: int) -> int:

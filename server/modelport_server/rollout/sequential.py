@@ -84,8 +84,8 @@ def since(bets: Floats) -> Found:
     if not bets.size:
         return Found(0.0, 0)
     sums = bets[:, ::-1].cumsum(axis=1)[:, ::-1][:, ::_STRIDE]
-    begins = np.arange(sums.shape[1])
-    stakes = np.where(begins == 0, 0.5, 0.5 / np.maximum(begins * (begins + 1.0), 1.0))
+    begins: Floats = np.arange(sums.shape[1], dtype=np.float64)
+    stakes = 0.5 / np.maximum(begins * (begins + 1.0), 1.0)
     logs = sums + np.log(stakes / len(bets))
     highest = float(logs.max())
     log_e = highest + math.log(float(np.exp(logs - highest).sum()))

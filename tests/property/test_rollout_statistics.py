@@ -1,0 +1,67 @@
+"""How often healthy candidates are rolled back and how soon sick ones are, over many simulated rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+
+from tests.support.rollout_rates import FAULTS, STEP, WORLDS, detection, detections, healthy, interval
+from tests.support.simulated_rollouts import World
+
+OUTAGES = "both fail 30% in a tenth of the time"
+"""The only healthy ones that may be rolled back, in their watch: nothing tells whose an outage is then."""
+MEDIANS = {
+    "5% of the calls fail": 130,
+    "twice the time": 60,
+    "a single class": 35,
+    "NaN in 10% of the rows": 90,
+}
+"""Calls of a candidate at 1% of 1,000 calls/s by which half of the faults must have been found."""
+
+
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    with ProcessPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_healthy_rollout_ends_well(name: str) -> None:
+    end = healthy(WORLDS[name], 5)
+    assert end is None or (name == OUTAGES and end[0] != STEP), end
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_sick_candidate_is_found_out(name: str) -> None:
+    calls = [detection(World(fault=FAULTS[name]), seed).calls for seed in range(5)]
+    assert np.median(calls) < MEDIANS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_two_thousand_healthy_rollouts_end_well(pool: Executor) -> None:
+    for name, world in WORLDS.items():
+        ends = [end for end in pool.map(partial(healthy, world), range(1000, 1225)) if end is not None]
+        if name == OUTAGES:
+            ends = [end for end in ends if end[0] == STEP]
+        assert ends == [], name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", FAULTS)
+def test_three_hundred_sick_candidates_are_found_out(name: str, pool: Executor) -> None:
+    found = [one.calls for one in detections(name, 1000.0, 0.01, 300, pool)]
+    assert np.median(found) < MEDIANS[name]
+    assert sum(math.isinf(calls) for calls in found) <= 3
+
+
+def test_the_interval_of_a_share() -> None:
+    assert interval(0, 100) == pytest.approx((0.0, 0.0362), abs=1e-4)
+    assert interval(5, 100) == pytest.approx((0.0164, 0.1128), abs=1e-4)
+    assert interval(10, 10) == pytest.approx((0.6915, 1.0), abs=1e-4)
