@@ -151,3 +151,13 @@ def test_the_first_and_the_last_single_row_are_timed() -> None:
     for rows in (1, 4, 1, 1):
         engine.run("serving_default", {"x": np.ones(rows, np.float32)})
     assert engine.figures() == {"first_row_ms": 500.0, "last_row_ms": 10.0}
+
+
+def test_a_model_that_is_merely_slow_is_in_time() -> None:
+    machine = Machine(lambda run, rows: rows * 3.0)
+    done = _warm_up(machine, limit_s=60.0)
+    assert machine.now <= 60.0
+    assert done.left_cold
+    assert done.left_cold | done.batch_sizes == {1, 2, 4, 8, 16, 24}
+    assert max(done.batch_sizes) < min(done.left_cold)
+    assert done.figures()["left_cold"] == sorted(done.left_cold)

@@ -19,6 +19,8 @@ _STABLE_GAIN = 0.1
 """A size is warm when a run is not shorter than the shortest before it by more than this share."""
 _REPEATS_SHARE = 0.5
 """The share of the time that runs may be repeated in: the rest is for sizes that have not run at all."""
+_RUNS_SHARE = 0.9
+"""The share of the time in which runs may end. What would take longer stays cold: slow is not broken."""
 
 Inputs = Mapping[str, Array]
 Request = tuple[str, Inputs]
@@ -78,10 +80,17 @@ class WarmedUp:
     """How many of the version's own warm-up requests were run."""
     batch_sizes: set[int] = field(default_factory=set[int])
     """The sizes of batches, in rows, that were run."""
+    left_cold: set[int] = field(default_factory=set[int])
+    """The sizes for which the time did not suffice."""
 
     def figures(self) -> dict[str, JSON]:
         """Returns it for people."""
-        return {"batch_sizes": sorted(self.batch_sizes), "runs": self.runs, "requests": self.requests}
+        figures: dict[str, JSON] = {
+            "batch_sizes": sorted(self.batch_sizes),
+            "runs": self.runs,
+            "requests": self.requests,
+        }
+        return figures | ({"left_cold": sorted(self.left_cold)} if self.left_cold else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +118,15 @@ class WarmUp:
         Raises:
             WarmUpError: if the model fails on one of ``requests`` as it was published.
         """
-        repeat_until = self.clock() + self.limit_s * _REPEATS_SHARE
+        began = self.clock()
+        repeat_until, end_by = began + self.limit_s * _REPEATS_SHARE, began + self.limit_s * _RUNS_SHARE
         for number, (signature, inputs) in enumerate(requests, 1):
             self._request(number, signature, inputs)
         for spec in self.signatures.values():
             given = [example.inputs for example in golden if example.signature == spec.name]
             given += [inputs for signature, inputs in requests if signature == spec.name]
             for inputs in _kinds(given) or _zeros(spec):
-                self._every_size(spec.name, inputs, repeat_until)
+                self._every_size(spec.name, inputs, repeat_until, end_by)
         return self.done
 
     def _request(self, number: int, signature: str, inputs: Inputs) -> None:
@@ -132,25 +142,33 @@ class WarmUp:
             raise WarmUpError(f"the model fails on warm-up request {number}: {error}") from error
         self.done.requests += 1
 
-    def _every_size(self, signature: str, inputs: Inputs, repeat_until: float) -> None:
+    def _every_size(self, signature: str, inputs: Inputs, repeat_until: float, end_by: float) -> None:
         batched = signature in self.batched and all(array.ndim and len(array) for array in inputs.values())
+        row_s = 0.0
         for size in sizes(self.largest) if batched else (0,):
+            if self.clock() + row_s * size > end_by:
+                self.done.left_cold.add(size)
+                continue
             try:
-                self._until_stable(signature, _resized(inputs, size), repeat_until)
+                spent_s = self._until_stable(signature, _resized(inputs, size), repeat_until)
             except EngineError:  # it takes no zeros, or not this many rows: callers hear of that by themselves
                 return
             if size:
+                row_s = spent_s / size
                 self.done.batch_sizes.add(size)
 
-    def _until_stable(self, signature: str, inputs: Inputs, repeat_until: float) -> None:
+    def _until_stable(self, signature: str, inputs: Inputs, repeat_until: float) -> float:
+        """Returns the shortest time that a run took, in seconds."""
         best_s = self._run(signature, inputs)
         for number in range(2, _MOST_RUNS + 1):
             if self.clock() > repeat_until:
-                return
+                break
             spent_s = self._run(signature, inputs)
-            if number >= _FEWEST_RUNS and spent_s > best_s * (1 - _STABLE_GAIN):
-                return
+            stable = number >= _FEWEST_RUNS and spent_s > best_s * (1 - _STABLE_GAIN)
             best_s = min(best_s, spent_s)
+            if stable:
+                break
+        return best_s
 
     def _run(self, signature: str, inputs: Inputs) -> float:
         started = self.clock()
