@@ -140,11 +140,12 @@ def test_evidence_on_one_rolls_back_both(tmp_path: Path, bad: int) -> None:
 def test_either_may_be_killed_at_any_step(tmp_path: Path, phase: Phase, step: int, killed: int) -> None:
     policy = canary_policy((0.3, 1.0), (0.6, 1.0), watch_s=2.0, min_calls=20)
     with serving(tmp_path, policy) as stage:
-        left, options = stage.servers[1 - killed], LoadOptions(inputs=healthy_inputs)
-        with calling(left, options) as callers, calling(stage.servers[killed], options):
+        left, doomed = stage.servers[1 - killed], stage.servers[killed]
+        failing = LoadOptions(inputs=healthy_inputs, pinned=0, followers=0)
+        with calling(left, LoadOptions(inputs=healthy_inputs)) as callers, calling(doomed, failing):
             stage.publish(CANDIDATE)
             stage.watched.wait_phase(phase, step, CANDIDATE)
-            stage.servers[killed].stop(signal.SIGKILL)
+            doomed.stop(signal.SIGKILL)
             assert stage.watched.wait_over(CANDIDATE) == "promoted"
             callers.wait_version(CANDIDATE)
         assert callers.record.failures == []
