@@ -101,7 +101,8 @@ class Zygote:
             middle = os.getpid()
             engine = os.fork()
             if engine:
-                os.write(says, str(engine).encode())
+                with contextlib.suppress(BrokenPipeError):  # the zygote was killed just now; so is the engine
+                    os.write(says, str(engine).encode())
                 os._exit(0)
             os.close(says)
             self._control.close()
