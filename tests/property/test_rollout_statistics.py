@@ -13,8 +13,8 @@ import pytest
 from tests.support.rollout_rates import FAULTS, STEP, WORLDS, detection, detections, healthy, interval
 from tests.support.simulated_rollouts import World
 
-OUTAGES = "both fail 30% in a tenth of the time"
-"""The only healthy ones that may be rolled back, in their watch: nothing tells whose an outage is then."""
+UNSTEADY = ("both fail 30% in a tenth of the time", "traffic, times and mix of classes wander")
+"""Where a healthy version may be rolled back in its watch: nothing tells then whose fault the times are."""
 MEDIANS = {
     "5% of the calls fail": 130,
     "twice the time": 60,
@@ -33,7 +33,7 @@ def pool() -> Iterator[Executor]:
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_healthy_rollout_ends_well(name: str) -> None:
     end = healthy(WORLDS[name], 5)
-    assert end is None or (name == OUTAGES and end[0] != STEP), end
+    assert end is None or (name in UNSTEADY and end[0] != STEP), end
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -47,7 +47,7 @@ def test_a_sick_candidate_is_found_out(name: str) -> None:
 def test_two_thousand_healthy_rollouts_end_well(pool: Executor) -> None:
     for name, world in WORLDS.items():
         ends = [end for end in pool.map(partial(healthy, world), range(1000, 1225)) if end is not None]
-        if name == OUTAGES:
+        if name in UNSTEADY:
             ends = [end for end in ends if end[0] == STEP]
         assert ends == [], name
 
