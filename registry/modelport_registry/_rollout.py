@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -40,6 +41,8 @@ class Rollout:
     actor: str
     """Who started it."""
     reason: str = ""
+    baseline: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many calls the version before had while the last step lasted, and how many failed; empty if not known."""
 
     @property
     def current(self) -> Step | None:

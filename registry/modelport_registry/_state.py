@@ -96,6 +96,7 @@ def _rollout(fields: Fields) -> Rollout:
         started=read_time(fields, "started"),
         actor=fields.text("actor"),
         reason=fields.text("reason"),
+        baseline=fields.mapping("baseline", lambda child, name: child.integer(name)) if fields.has("baseline") else {},
     )
 
 
@@ -161,6 +162,7 @@ def _rollout_json(rollout: Rollout) -> Mapping[str, JSON]:
         "started": _time(rollout.started),
         "actor": rollout.actor,
         "reason": rollout.reason,
+        "baseline": dict(rollout.baseline),
     }
 
 

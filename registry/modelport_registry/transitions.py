@@ -6,7 +6,7 @@ given where there is nothing to change. ``Registry.change`` carries them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -80,15 +80,20 @@ def start(
     return replace(state, rollout=rollout, considered=max(state.considered, version))
 
 
-def advance(state: State) -> State:
-    """Takes the rollout to its next step, or makes the candidate stable after the last."""
+def advance(state: State, baseline: Mapping[str, int] | None = None) -> State:
+    """Takes the rollout to its next step, or makes the candidate stable after the last.
+
+    Args:
+        state: the state as it is.
+        baseline: what the version before did until now; kept with a candidate that is promoted.
+    """
     rollout = _under_way(state)
     if rollout.phase is Phase.WATCH:
         raise RegistryError(f"version {rollout.version} is in charge already")
     step = rollout.step + 1 if rollout.phase is Phase.STEP else 0
     if step < len(rollout.steps):
         return replace(state, rollout=replace(rollout, phase=Phase.STEP, step=step))
-    return _promoted(state, rollout)
+    return _promoted(state, replace(rollout, baseline=dict(baseline or {})))
 
 
 def _promoted(state: State, rollout: Rollout) -> State:

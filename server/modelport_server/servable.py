@@ -18,7 +18,7 @@ from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.protocol import Array
 from modelport_server.engines.spawner import Spawner
-from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError
+from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError, ServeError
 from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import Probe
 from modelport_server.once import Signal
@@ -324,6 +324,21 @@ class Servable:
         for observer in self.observers:
             observer.on_call(call, now)
 
+    def hand_over(self, heir: Servable) -> None:
+        """Lets another version answer the calls of which nothing has run yet."""
+        for call in self._batcher.take_waiting():
+            if call in self._probes:
+                call.fail(NotAvailableError("the version is retired"))
+                continue
+            try:
+                again = heir.prepare(call.signature, call.inputs, (), call.deadline)
+                heir.submit(again)
+            except ServeError as error:
+                call.fail(error)
+                continue
+            call.future.add_done_callback(lambda done, again=again: again.future.cancel())  # type: ignore[misc]
+            again.future.add_done_callback(lambda done, call=call: _pass_on(done, call))  # type: ignore[misc]
+
     async def room(self, call: Call) -> None:
         """Returns when the queue has room for ``call``."""
         if math.isinf(call.deadline):
@@ -345,3 +360,14 @@ def _raw(name: str, array: Array) -> RawTensor:
 def _rows(inputs: Sequence[RawTensor]) -> int:
     """Returns how many rows a call has; 1 where the first dimension says nothing."""
     return next((tensor.shape[0] for tensor in inputs if tensor.shape), 1)
+
+
+def _pass_on(done: asyncio.Future[Answer], call: Call) -> None:
+    """Ends ``call`` as another ended that was made for it."""
+    if done.cancelled():
+        call.fail(NotAvailableError("the version is retired"))
+    elif (error := done.exception()) is not None:
+        if isinstance(error, Exception):
+            call.fail(error)
+    elif not call.ended:
+        call.future.set_result(done.result())

@@ -225,3 +225,21 @@ async def test_a_busy_signature_does_not_starve_another() -> None:
         await settle()
     assert lone.future.done()
     assert ids_of(lone.future.result().outputs[0]) == [7]
+
+
+async def test_what_waits_can_be_taken_out() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    calls = [new_call([number]) for number in range(3)]
+    first = await _waiting_behind_one(batcher, engine, calls)
+    calls[1].future.cancel()
+    await settle()
+    assert batcher.take_waiting() == [calls[0], calls[2]]
+    assert batcher.take_waiting() == []
+    assert (batcher.waiting_rows, batcher.waiting_bytes) == (0, 0)
+    first.end.set_result(first.output())
+    await settle()
+    assert engine.runs == []
+    assert batcher.idle
+    assert not calls[0].ended
+    assert not calls[2].ended

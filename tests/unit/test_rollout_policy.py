@@ -15,6 +15,7 @@ from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.lifecycle import COMING, LOADED, State
 from modelport_server.rollout.policy import (
     DECISIONS,
+    LAST_CALLS_S,
     STABLE,
     STREAM_END_S,
     Action,
@@ -133,6 +134,8 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: BUSY, 2: A}, serving=2), None),
         (_model({1: A, 2: HELD}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.END_STREAMS, 2)),
         (_model({1: A, 2: L}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.ABANDON, 2)),
+        (_model({1: A, 2: BUSY}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.END_STREAMS, 2)),
+        (_model({1: A, 2: replace(BUSY, age_s=3)}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.RETIRE, 2)),
         # the registry decides who is in charge
         (_model({1: A, 2: A}, _desired(1, considered=2), serving=2), Action(Verb.SERVE, 1)),
         (_model({1: A, 2: A}, _desired(2, pin=1), serving=2), Action(Verb.SERVE, 1)),
@@ -252,8 +255,9 @@ def test_a_step_never_hurts(snapshot: ModelSnapshot) -> None:
         assert action.version != serving
         assert action.verb is Verb.DRAIN or version.state is State.DRAINING
     if action.verb is Verb.RETIRE:
-        assert version.leases == 0
-        assert version.streams == 0 or version.streams_ended_s > STREAM_END_S
+        cut_off = action.version in snapshot.desired.rejected and version.age_s > LAST_CALLS_S
+        assert version.leases == 0 or cut_off
+        assert version.streams == 0 or version.streams_ended_s > STREAM_END_S or (cut_off and version.streams_ended)
     if action.verb is Verb.LOAD:
         assert not version.put_off
         assert version.state in (State.DISCOVERED, State.RETIRED)

@@ -128,6 +128,13 @@ class Batcher:
         if self._expiry is not None:
             self._expiry.cancel()
 
+    def take_waiting(self) -> list[Call]:
+        """Takes out and returns the calls of which nothing has run yet, oldest first; they have not ended."""
+        waiting = [call for queue in self._waiting.values() for call in queue if not call.taken_rows and not call.ended]
+        for call in waiting:
+            self._drop(call)
+        return sorted(waiting, key=lambda call: call.enqueued_at)
+
     def _has_room(self, call: Call) -> bool:
         if not self._rows and not self._bytes:
             return True

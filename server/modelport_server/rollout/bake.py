@@ -88,7 +88,7 @@ class Bake:
     def _turn(self, key: _Key | None, rollout: Rollout | None) -> None:
         """Begins the next phase; a promoted version is compared with what its predecessor did until then."""
         predecessor = self._witnesses.get(rollout.previous) if rollout is not None and rollout.previous else None
-        self._baseline = predecessor.snapshot() if predecessor is not None else None
+        self._baseline = predecessor.snapshot() if predecessor is not None else _kept(rollout)
         self._key, self._since_s = key, monotonic()
         self._judged_at_s, self._verdict = float("-inf"), None
         for witness in self._witnesses.values():
@@ -141,10 +141,20 @@ class Bake:
         stable = self._witnesses.get(rollout.previous) if rollout.previous is not None else None
         return stable.snapshot() if stable is not None else None
 
+    def totals(self, version: int | None) -> dict[str, int]:
+        """Returns how many calls a version has had in this phase and how many failed; nothing if it is not watched."""
+        witness = self._witnesses.get(version) if version is not None else None
+        return witness.snapshot().totals() if witness is not None else {}
+
     def traffic(self, version: int) -> Traffic | None:
         """Returns what a version has answered in this phase; None if it is not watched."""
         witness = self._witnesses.get(version)
         return witness.evidence.traffic() if witness is not None else None
+
+
+def _kept(rollout: Rollout | None) -> EvidenceSnapshot | None:
+    """Returns what the rollout itself says of the version before, for a server that has not seen it."""
+    return EvidenceSnapshot.of_totals(rollout.baseline) if rollout is not None and rollout.baseline else None
 
 
 def _compared(rollout: Rollout, desired: Desired) -> tuple[int, ...]:

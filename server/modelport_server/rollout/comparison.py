@@ -89,7 +89,22 @@ def compare(
         return Verdict(VerdictKind.WAITING, why, figures)
     if signs and _sure(signs[0]) >= math.log(1 / limits.suspicion):
         return Verdict(VerdictKind.WAITING, f"it may be worse: {signs[0].reason}", {**figures, **_of_sign(signs[0])})
+    if why := _more_errors(stable, candidate, limits, concurrent=concurrent):
+        return Verdict(VerdictKind.WAITING, f"it may be worse: {why}", figures)
     return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
+
+
+def _more_errors(
+    stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: ComparisonLimits, *, concurrent: bool
+) -> str:
+    """Returns what is to be said where more calls fail than may, be it by chance."""
+    columns = [FAILED, CALLER_FAULTS] if concurrent else [FAILED]
+    before, now = (int(seen.calls.totals[columns].sum()) for seen in (stable, candidate))
+    share = before / max(stable.ended, 1)
+    chance = math.sqrt(share * (1 - share) / candidate.ended)  # one standard deviation, if it is as good
+    if now / candidate.ended <= share + limits.max_error_increase + chance:
+        return ""
+    return f"{now} of {candidate.ended} calls failed, {before} of the stable version's {stable.ended}"
 
 
 def _signs(one: View, limits: ComparisonLimits, *, concurrent: bool) -> list[Sign]:

@@ -99,6 +99,19 @@ class EvidenceSnapshot:
     oldest_wait_s: float = 0.0
     """How long the oldest call under way has been so while no other call ended."""
 
+    @classmethod
+    def of_totals(cls, totals: Mapping[str, int]) -> EvidenceSnapshot:
+        """Returns what is left of a snapshot that was kept as ``totals``: how many calls failed of how many."""
+        counts = np.zeros(TIMES + BUCKETS, np.int64)
+        counts[CALLS], counts[FAILED] = totals.get("calls", 0), totals.get("failed", 0)
+        counts[CALLER_FAULTS] = totals.get("caller_faults", 0)
+        return cls(Counts(0, np.zeros(0, np.int64), np.zeros((0, len(counts)), np.int32), counts), {}, {})
+
+    def totals(self) -> dict[str, int]:
+        """Returns the little of it that is kept with a rollout, for servers that start again."""
+        kept = {"calls": CALLS, "failed": FAILED, "caller_faults": CALLER_FAULTS}
+        return {name: int(self.calls.totals[column]) for name, column in kept.items()}
+
     @property
     def ended(self) -> int:
         """How many calls were answered or failed."""

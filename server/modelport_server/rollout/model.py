@@ -204,14 +204,21 @@ class ModelRollout:
         elif action.verb is Verb.SERVE:
             self._serve(tracked)
         elif action.verb is Verb.DRAIN:
-            tracked.become(State.DRAINING, "another version has taken over")
-            self._route.available.pop(action.version, None)
+            self._drain(tracked)
         elif action.verb is Verb.REVIVE:
             self._make_available(tracked)
         elif action.verb is Verb.END_STREAMS:
             tracked.loaded.retire_streams.set()
         elif action.verb is Verb.RETIRE:
             self._retire(tracked)
+
+    def _drain(self, tracked: Tracked) -> None:
+        """Gives a version no more calls; what waits for one that was rejected goes to the version in charge."""
+        tracked.become(State.DRAINING, "another version has taken over")
+        self._route.available.pop(tracked.version, None)
+        heir = self._route.serving
+        if tracked.version in self.desired.rejected and heir is not None and heir is not tracked.servable:
+            tracked.loaded.hand_over(heir)
 
     def _decide(self, action: Action) -> None:
         self._decisions.decide(self._decision(action))
@@ -239,7 +246,8 @@ class ModelRollout:
             details["gates"] = [gate.to_json() for gate in self._versions[number].gates]
         last = rollout.phase is Phase.STEP and rollout.step == len(rollout.steps) - 1
         promotes = last or not rollout.steps
-        return Decision(transitions.advance, "promoted" if promotes else "step", number, reason, details)
+        advance = partial(transitions.advance, baseline=self._bake.totals(rollout.previous))
+        return Decision(advance, "promoted" if promotes else "step", number, reason, details)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -22,6 +22,8 @@ from modelport_server.rollout.lifecycle import COMING, LOADED, State
 STABLE = "stable"
 STREAM_END_S = 5.0
 """How long streams that were told to end may take; one whose caller reads nothing never would."""
+LAST_CALLS_S = 2.0
+"""How long a version that was rejected may go on with what it runs; then its callers are told to try again."""
 
 
 class Verb(enum.Enum):
@@ -205,6 +207,8 @@ def _drained(snapshot: ModelSnapshot, number: int, version: VersionSnapshot) -> 
     if version.leases == 0 and (version.streams == 0 or version.streams_ended_s > STREAM_END_S):
         return Action(Verb.RETIRE, number)
     rejected = number in snapshot.desired.rejected  # nobody should get another answer of it
+    if rejected and version.age_s > LAST_CALLS_S and (version.streams == 0 or version.streams_ended):
+        return Action(Verb.RETIRE, number)
     overdue = version.age_s > snapshot.pinned_stream_limit_s
     return Action(Verb.END_STREAMS, number) if (rejected or overdue) and not version.streams_ended else None
 
