@@ -58,8 +58,10 @@ test-all: stubs lint types ## all checks and all tests
 demo: $(INSTALLED) ## train, publish, serve, predict and roll out, in a few minutes
 	@$(BIN)/modelport demo
 
-bench: $(INSTALLED) ## measure the server on this machine
-	@$(BIN)/python -m bench
+BENCH ?= serving
+
+bench: $(INSTALLED) ## measure the server on this machine; BENCH=loading and BENCH=shadow measure rollouts
+	@$(BIN)/python -m bench $(BENCH)
 
 protos: $(INSTALLED) ## write the stubs of protos/ anew
 	@$(BIN)/python protos/generate.py
