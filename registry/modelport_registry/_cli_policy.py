@@ -150,6 +150,8 @@ def policy(
     if changes or reset:
         rules = _changed(state.policy, changes, reset=reset)
         state = store.set_policy(model, rules, reason=reason, expected_generation=state.generation)
+    if step and not any(one.kind == "canary" for one in state.policy.plan()):
+        print("note: steps are used with --strategy canary", file=sys.stderr)
     _show(model, state.policy, as_json=as_json)
 
 

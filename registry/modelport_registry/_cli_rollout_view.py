@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from modelport import GateInfo, Rollout, RolloutInfo, RolloutStep, RolloutVersion, VersionState
 
-_BAR_CELLS = 24
+_BAR_CELLS = 10
 _TIME_BAR_CELLS = 40
 _SHOWN_FIGURES = 5
 _SHOWN_ITEMS = 8
@@ -79,7 +80,7 @@ def lines(before: RolloutInfo | None, after: RolloutInfo) -> Iterator[str]:
     if was is None or was.id != rollout.id or _where(was) != _where(rollout):
         yield f"{after.model} version {rollout.version}: {_phase_text(rollout)}{', paused' if rollout.paused else ''}"
     yield from _gate_lines(before, after, rollout)
-    if after.verdict and (before is None or before.verdict != after.verdict):
+    if after.verdict and (before is None or _words(before.verdict) != _words(after.verdict)):
         yield f"{after.model} version {rollout.version}: {after.verdict}"
 
 
@@ -92,6 +93,11 @@ def outcome(status: RolloutInfo, watched: int) -> str | None:
     if watched in status.rejected:
         return "rejected"
     return _GOOD if status.stable == watched else "replaced"
+
+
+def _words(verdict: str) -> str:
+    """Returns a verdict without its numbers, which change all the time."""
+    return re.sub(r"[\d.,]+", "", verdict)
 
 
 def _where(rollout: Rollout) -> tuple[str, int, bool]:
@@ -167,7 +173,7 @@ def _time_bar(rollout: Rollout, older_s: float) -> Text | None:
 
 
 def _versions(versions: tuple[RolloutVersion, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for name in ("version", "place", "state", "share"):
         table.add_column(name, no_wrap=True)
     for name in ("calls", "calls/s", "errors", "p50 ms", "p99 ms"):
@@ -178,7 +184,7 @@ def _versions(versions: tuple[RolloutVersion, ...]) -> Table:
             Text(str(version.version), f"bold {colour}"),
             Text(version.place, colour),
             Text(version.state.value, _STATE_COLOURS.get(version.state, "cyan")),
-            Text.assemble(_bar(version.share, _BAR_CELLS, colour), f" {_percent(version.share):>6}"),
+            Text.assemble(f"{_percent(version.share):>5} ", _bar(version.share, _BAR_CELLS, colour)),
             *_traffic_cells(version),
         )
     return table

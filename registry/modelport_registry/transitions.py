@@ -176,6 +176,10 @@ def _cut(reason: str) -> str:
 def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
     """Ends the rollout under way and rejects its candidate; without one, puts the stable version's predecessor back."""
     reason = reason or "somebody asked for it"
+    if state.rollout is not None and state.rollout.phase is Phase.WATCH and state.rollout.previous is None:
+        raise RegistryError(
+            f"version {state.rollout.version} is the first in charge: there is none to go back to; publish another"
+        )
     if state.rollout is not None:
         return reject(state, state.rollout.version, "rollback", reason, now, actor)
     if state.pin is not None:
@@ -184,8 +188,8 @@ def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
     previous = _predecessor(state, stable) if stable is not None else None
     if stable is None or previous is None:
         raise RegistryError(
-            "nothing is being rolled out, and it is not known which version was in charge before: "
-            "choose one with modelport pin"
+            "nothing is being rolled out, and there is no version to go back to that was in charge and was not "
+            "rejected: choose one with modelport pin"
         )
     if previous in state.rejected:
         raise RegistryError(

@@ -95,6 +95,7 @@ class ModelRollout:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading: set[asyncio.Task[None]] = set()
         self._warned: set[str] = set()
+        self._logged = ""
         board.rollouts[name] = self.status
 
     @property
@@ -158,9 +159,18 @@ class ModelRollout:
                     tracked.become(State.REJECTED, f"{rejection.gate}: {rejection.reason}")
             elif tracked.state is State.REJECTED and not tracked.accused:
                 tracked.become(State.DISCOVERED, "approved again")
+        self._log_progress()
         available = self._available()
         self._bake.follow(self.desired, available)
         self._share(available)
+
+    def _log_progress(self) -> None:
+        """Says in the log what has become of the rollout, whoever decided it."""
+        text = reporting.progress_text(self.desired)
+        if text != self._logged:
+            self._logged = text
+            if text:
+                _log.info("%s%s", self._name, text)
 
     def _available(self) -> dict[int, Servable]:
         return {n: t.loaded for n, t in self._versions.items() if t.state is State.AVAILABLE}

@@ -29,6 +29,18 @@ def state_text(tracked: Tracked) -> str:
     return f"{tracked.state.value} ({tracked.reason})" if tracked.reason else tracked.state.value
 
 
+def progress_text(desired: Desired) -> str:
+    """Returns where the rollout is, or how the last one ended, to follow a model's name; empty if there was none."""
+    rollout, last = desired.rollout, desired.last
+    if rollout is None:
+        return "" if last is None else f"@{last.version}: {last.outcome}{f': {last.reason}' if last.reason else ''}"
+    step = rollout.current
+    where = {Phase.GATES: "candidate, in the gates", Phase.WATCH: "in charge, and watched"}.get(rollout.phase, "")
+    if step is not None:
+        where = f"step {rollout.step + 1} of {len(rollout.steps)}, {step.kind.value} of {step.share:.4g}"
+    return f"@{rollout.version}: {where}{', paused' if rollout.paused else ''}"
+
+
 def explain_idle(name: str, versions: Versions, desired: Desired) -> None:
     """Says of a version that is not being loaded why it is not."""
     wanted = in_charge(desired)

@@ -142,7 +142,8 @@ class RolloutService:
         if not self._allow_changes:
             raise NotAllowedError(
                 "this server listens beyond its own machine and lets nobody change rollouts; "
-                "start it with --allow-control, or change the registry itself: modelport rollout --registry"
+                "start it with --allow-control, or change the registry itself: "
+                "modelport rollout COMMAND MODEL --registry DIR"
             )
 
     def _find(self, model: str) -> RolloutStatus:
