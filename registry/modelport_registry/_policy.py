@@ -107,9 +107,6 @@ class RolloutPolicy:
             raise RegistryError(f"canary_steps must be 1 to {_MAX_STEPS}, not {len(self.canary_steps)}")
         if any(step.kind is not StepKind.CANARY for step in self.canary_steps):
             raise RegistryError("canary_steps must be of the kind canary; a shadow has shadow_share and shadow_bake_s")
-        shares = [step.share for step in self.canary_steps]
-        if shares != sorted(shares):
-            raise RegistryError("a canary's shares must not fall from step to step")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not low <= value <= high:  # neither is nan

@@ -273,6 +273,9 @@ def unpin(state: State) -> State:
 
 def set_policy(state: State, policy: RolloutPolicy) -> State:
     """Changes the rules; the plan of a rollout under way stays as it is."""
+    shares = [step.share for step in policy.canary_steps]
+    if shares != sorted(shares):
+        raise RegistryError("a canary's shares must not fall from step to step")
     return replace(state, policy=policy)
 
 

@@ -229,7 +229,10 @@ class Servable:
             self._on_probe(batch, output)
             return output
         for observer in self.observers:
-            observer.on_batch(batch, output)
+            try:
+                observer.on_batch(batch, output)
+            except Exception:  # callers have nothing to do with it
+                _log.exception("%s@%d: a batch could not be observed", self.model, self.version)
         return output
 
     def _on_probe(self, batch: Batch, output: BatchOutput) -> None:
@@ -325,13 +328,11 @@ class Servable:
             observer.on_call(call, now)
 
     def hand_over(self, heir: Servable) -> None:
-        """Lets another version answer the calls of which nothing has run yet."""
+        """Lets another version answer the calls that name none and of which nothing has run yet."""
         for call in self._batcher.take_waiting():
-            if call in self._probes:
-                call.fail(NotAvailableError("the version is retired"))
-                continue
             try:
                 again = heir.prepare(call.signature, call.inputs, (), call.deadline)
+                again.movable = True
                 heir.submit(again)
             except ServeError as error:
                 call.fail(error)

@@ -230,16 +230,20 @@ async def test_a_busy_signature_does_not_starve_another() -> None:
 async def test_what_waits_can_be_taken_out() -> None:
     engine = FakeEngine()
     batcher = _batcher(engine)
-    calls = [new_call([number]) for number in range(3)]
+    calls = [new_call([number]) for number in range(4)]
+    for call in calls[:3]:
+        call.movable = True
     first = await _waiting_behind_one(batcher, engine, calls)
     calls[1].future.cancel()
     await settle()
     assert batcher.take_waiting() == [calls[0], calls[2]]
     assert batcher.take_waiting() == []
-    assert (batcher.waiting_rows, batcher.waiting_bytes) == (0, 0)
+    assert batcher.waiting_rows == 1
     first.end.set_result(first.output())
     await settle()
-    assert engine.runs == []
+    assert engine.runs[0].ids == [3]  # its caller has named this version
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await settle()
     assert batcher.idle
     assert not calls[0].ended
     assert not calls[2].ended

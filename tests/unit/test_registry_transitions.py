@@ -269,10 +269,10 @@ class TestRollback:
     @pytest.mark.parametrize(
         ("state", "message"),
         [
-            (State(), "it is not known which version was in charge before"),
-            (_stable(2), "it is not known which version was in charge before"),
-            (_stable(3, last=PROMOTED), "it is not known which version was in charge before"),
-            (_stable(2, last=Ended(3, 2, "rolled back", "", NOW)), "it is not known which version was in charge"),
+            (State(), "there is no version to go back to"),
+            (_stable(2), "there is no version to go back to"),
+            (_stable(3, last=PROMOTED), "there is no version to go back to"),
+            (_stable(2, last=Ended(3, 2, "rolled back", "", NOW)), "there is no version to go back to"),
             (_stable(2, last=PROMOTED, rejected={1: BAD}), "version 1, which was in charge before, was rejected"),
             (_stable(2, last=PROMOTED, pin=2), "version 2 is pinned: pin another one instead"),
         ],

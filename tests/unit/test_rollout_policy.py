@@ -35,6 +35,8 @@ D, V, L, W, A, G, T, R = (
 )  # fmt: skip
 HELD = VersionSnapshot(state=G, streams=1)
 BUSY = VersionSnapshot(state=G, leases=1)
+ALIASED = VersionSnapshot(state=A)
+"""Loaded before it was a candidate."""
 BAD = Rejection("golden", "off", NOW, "somebody")
 STEPS = (Step(StepKind.CANARY, 0.1, 30.0), Step(StepKind.CANARY, 0.5, 30.0))
 WORSE, FINE, WAITING = (
@@ -64,7 +66,9 @@ def _model(
     **more: object,
 ) -> ModelSnapshot:
     fields: dict[str, object] = {
-        "versions": {n: VersionSnapshot(state=v) if isinstance(v, State) else v for n, v in versions.items()},
+        "versions": {
+            n: VersionSnapshot(state=v, compared="r") if isinstance(v, State) else v for n, v in versions.items()
+        },
         "desired": desired if desired is not None else _desired(serving),
         "serving": serving,
         "max_beside_stable": beside,
@@ -103,6 +107,10 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: A, 2: A}, IN_GATES, serving=1), Action(Verb.ADVANCE, 2)),
         (_model({1: A, 2: A}, _desired(1, replace(_rollout(2, 1), paused=True)), serving=1), None),
         (_model({1: A}, IN_GATES, serving=1), Action(Verb.ROLL_BACK, 2)),
+        (_model({1: A}, IN_GATES, serving=1, listing_is_current=False), None),
+        (_model({1: A, 2: ALIASED}, IN_GATES, serving=1), Action(Verb.COMPARE, 2)),
+        (_model({1: A, 2: replace(ALIASED, comparing=True)}, IN_GATES, serving=1), None),
+        (_model({1: A, 2: ALIASED}, IN_STEP, serving=1, verdict=FINE, phase_age_s=30), Action(Verb.COMPARE, 2)),
         (_model({1: A, 2: VersionSnapshot(state=D, put_off=True)}, IN_GATES, serving=1), None),
         # the steps
         (_model({1: A, 2: A}, IN_STEP, serving=1, verdict=FINE, phase_age_s=29), None),
@@ -135,7 +143,7 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: A, 2: HELD}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.END_STREAMS, 2)),
         (_model({1: A, 2: L}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.ABANDON, 2)),
         (_model({1: A, 2: BUSY}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.END_STREAMS, 2)),
-        (_model({1: A, 2: replace(BUSY, age_s=3)}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.RETIRE, 2)),
+        (_model({1: A, 2: replace(BUSY, age_s=6)}, _desired(1, rejected={2: BAD}), serving=1), Action(Verb.RETIRE, 2)),
         # the registry decides who is in charge
         (_model({1: A, 2: A}, _desired(1, considered=2), serving=2), Action(Verb.SERVE, 1)),
         (_model({1: A, 2: A}, _desired(2, pin=1), serving=2), Action(Verb.SERVE, 1)),
@@ -178,6 +186,7 @@ def test_the_oldest_streams_are_ended_first() -> None:
 def test_the_share_is_the_steps_own() -> None:
     assert share(_model({1: A, 2: A}, IN_STEP, serving=1)) == (2, StepKind.CANARY, 0.1)
     assert share(_model({1: A, 2: L}, IN_STEP, serving=1)) is None
+    assert share(_model({1: A, 2: ALIASED}, IN_STEP, serving=1)) is None
     assert share(_model({1: A, 2: A}, IN_GATES, serving=1)) is None
     assert share(_model({1: A, 2: A}, IN_WATCH, serving=2)) is None
 
@@ -191,6 +200,7 @@ _version = st.builds(
     in_registry=st.booleans(),
     streams_ended=st.booleans(),
     streams_ended_s=st.sampled_from([0.0, 100.0]),
+    compared=st.sampled_from(["", "r1", "r2", "r3"]),
 )
 
 
@@ -285,6 +295,7 @@ def test_a_decision_has_its_grounds(snapshot: ModelSnapshot) -> None:
         assert snapshot.verdict is WORSE or action.version not in snapshot.versions
     if action.verb is Verb.ADVANCE:
         assert snapshot.versions[action.version].state is A
+        assert snapshot.versions[action.version].compared == rollout.id
         assert rollout.phase is Phase.GATES or snapshot.verdict is FINE
     if action.verb is Verb.COMPLETE:
         assert rollout.phase is Phase.WATCH
@@ -295,6 +306,11 @@ def _after(snapshot: ModelSnapshot, action: Action) -> ModelSnapshot:
     if action.verb in DECISIONS:
         return _decided(snapshot, action)
     version = snapshot.versions[action.version]
+    rollout = snapshot.desired.rollout
+    if rollout is not None and action.verb in (Verb.COMPARE, Verb.LOAD):
+        version = replace(version, compared=rollout.id)
+    if action.verb is Verb.COMPARE:
+        return replace(snapshot, versions={**snapshot.versions, action.version: version})
     states = {
         Verb.LOAD: State.AVAILABLE,
         Verb.ABANDON: State.DISCOVERED,

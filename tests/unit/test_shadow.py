@@ -32,6 +32,8 @@ def raw(values: object, dtype: str = "float32") -> RawTensor:
         (raw([[[1.0, 2.0]], [[3.0, 4.0]]]), raw([[[1.0, 2.0]], [[3.0, 5.0]]]), (2, 1)),
         (raw(1.0), raw(1.0), (1, 1)),
         (raw(np.zeros((0, 3))), raw(np.zeros((0, 3))), (0, 0)),
+        (raw(np.zeros((0, 3)), "int64"), raw(np.zeros((0, 3)), "int64"), (0, 0)),
+        (raw(np.zeros(0)), raw(np.zeros(0)), (0, 0)),
         (raw([1.0, 2.0]), raw([1.0]), (2, 0)),
         (raw([1.0, 2.0]), raw([1, 2], "int64"), (2, 0)),
         (raw([1.0, 2.0]), None, (2, 0)),

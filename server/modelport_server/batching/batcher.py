@@ -129,8 +129,9 @@ class Batcher:
             self._expiry.cancel()
 
     def take_waiting(self) -> list[Call]:
-        """Takes out and returns the calls of which nothing has run yet, oldest first; they have not ended."""
-        waiting = [call for queue in self._waiting.values() for call in queue if not call.taken_rows and not call.ended]
+        """Takes out and returns the movable calls of which nothing has run yet, oldest first."""
+        calls = (call for queue in self._waiting.values() for call in queue)
+        waiting = [call for call in calls if call.movable and not call.taken_rows and not call.ended]
         for call in waiting:
             self._drop(call)
         return sorted(waiting, key=lambda call: call.enqueued_at)

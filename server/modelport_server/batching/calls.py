@@ -39,6 +39,8 @@ class Call:
     future: asyncio.Future[Answer]
     deadline: float = math.inf
     """When it expires, on the clock that the batcher uses."""
+    movable: bool = False
+    """Whether another version may answer it: its caller has named none."""
     enqueued_at: float = 0.0
     first_run_at: float = 0.0
     queued: bool = False

@@ -177,6 +177,7 @@ class EngineProcess:
     def _close(self) -> None:
         if self._channel is not None:
             self._channel.close()
+            self._channel = None
         for pair in self._regions:
             for region in pair:
                 region.close()

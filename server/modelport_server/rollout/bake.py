@@ -16,7 +16,7 @@ from modelport_server.rollout.status import Traffic
 from modelport_server.servable import Servable
 
 _LOOK_S = 0.2
-_Key = tuple[str, Phase, int]
+_Key = tuple[str, Phase, int, int | None]
 
 
 class Witness:
@@ -75,7 +75,7 @@ class Bake:
     def follow(self, desired: Desired, servables: Mapping[int, Servable]) -> None:
         """Takes in the rollout as it is now and who can answer, and watches those that matter."""
         rollout = desired.rollout
-        key = (rollout.id, rollout.phase, rollout.step) if rollout is not None else None
+        key = _key(rollout)
         if key != self._key:
             self._turn(key, rollout)
         if rollout is None:
@@ -110,12 +110,12 @@ class Bake:
             return
         if self._shadow is None or self._shadow.candidate is not candidate:
             self._shadow = Shadow(candidate, step.share, policy)
-            stable.servable.observers = (stable, self._shadow)
+        stable.servable.observers = (stable, self._shadow)
 
     def verdict(self, desired: Desired) -> Verdict | None:
         """Returns how the candidate does, a few times a second anew; None where there is nothing to compare."""
         rollout = desired.rollout
-        if rollout is None or self._key != (rollout.id, rollout.phase, rollout.step):
+        if rollout is None or self._key != _key(rollout):
             return None
         if monotonic() - self._judged_at_s >= _LOOK_S:
             self._judged_at_s = monotonic()
@@ -150,6 +150,10 @@ class Bake:
         """Returns what a version has answered in this phase; None if it is not watched."""
         witness = self._witnesses.get(version)
         return witness.evidence.traffic() if witness is not None else None
+
+
+def _key(rollout: Rollout | None) -> _Key | None:
+    return (rollout.id, rollout.phase, rollout.step, rollout.previous) if rollout is not None else None
 
 
 def _kept(rollout: Rollout | None) -> EvidenceSnapshot | None:

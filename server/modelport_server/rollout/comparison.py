@@ -151,7 +151,7 @@ def _too_little(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: C
 
 def _hang(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> str:
     """Returns what is to be said of a candidate that lets calls wait as the stable version never did."""
-    if stable.ended < _LEAST_STABLE:
+    if stable.ended < _LEAST_STABLE or not stable.times.any():
         return ""
     longest_s, usual_s = quantile(stable.times, 1.0), quantile(stable.times, 0.99)
     limit_s = max(_HANG_S, _HANG_LONGEST * longest_s, _HANG_RATIO * usual_s, 2 * stable.oldest_wait_s)

@@ -41,6 +41,7 @@ class RolloutManager:
         self._spawner = Spawner() if options.engine.zygote else None
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
+        self._failed: dict[str, str] = {}
         self._waiting_for: set[str] = set()
         self._manifests: dict[str, dict[int, Manifest | None]] = {}
 
@@ -52,11 +53,22 @@ class RolloutManager:
             view = await asyncio.to_thread(self._look)
             if view is not None:
                 self._observe(view)
-            for rollout in self._models.values():
-                rollout.advance()
+            self._advance()
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wait_for_news(), self._options.rollout.poll_interval_s)
+
+    def _advance(self) -> None:
+        """Has every model do what there is to do; one that fails does not stop the others, nor the server."""
+        for name, rollout in self._models.items():
+            try:
+                rollout.advance()
+            except Exception as error:
+                if self._failed.get(name) != repr(error):
+                    _log.exception("%s: its rollout failed; what is loaded serves on", name)
+                self._failed[name] = repr(error)
+            else:
+                self._failed.pop(name, None)
 
     async def _wait_for_news(self) -> None:
         """Acts between two looks at the registry: on finished steps at once, on evidence a few times a second."""
@@ -65,8 +77,7 @@ class RolloutManager:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _LOOK_S if baking else None)
             self._wake.clear()
-            for rollout in self._models.values():
-                rollout.advance()
+            self._advance()
 
     def _look(self) -> dict[str, ModelView | None] | None:
         """Reads the registry; None if it can't be read, or for a model that can't: then nothing changes."""
@@ -102,12 +113,13 @@ class RolloutManager:
         looked_at_s = monotonic()
         if not self._registry.exists(name):
             return ModelView({}, Desired(), looked_at_s)
+        desired = self._registry.state(name)  # before the versions, so that those it names are among them
         known = self._manifests.get(name, {})
         numbers = self._registry.versions(name)
         # A manifest never changes, so that it is read once.
         versions = {number: known.get(number) or self._manifest(name, number) for number in numbers}
         self._manifests[name] = versions
-        return ModelView(versions, self._registry.state(name), looked_at_s)
+        return ModelView(versions, desired, looked_at_s)
 
     def _manifest(self, name: str, number: int) -> Manifest | None:
         try:

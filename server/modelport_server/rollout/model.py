@@ -27,11 +27,13 @@ from modelport_registry import (
 from modelport_registry import State as Desired
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.engines.spawner import Spawner
-from modelport_server.gates.result import INTEGRITY, LOAD, SPEED, GateResult, Outcome
+from modelport_server.gates.result import INTEGRITY, LOAD, SIGNATURE, SPEED, GateResult, Outcome
+from modelport_server.gates.signature import SignatureChangedError, check_signatures
 from modelport_server.gates.speed import compare_speed, probe_sizes, shared_examples
 from modelport_server.options import ServerOptions
 from modelport_server.rollout import policy, reporting
 from modelport_server.rollout.bake import Bake
+from modelport_server.rollout.comparison import VerdictKind
 from modelport_server.rollout.decisions import Decision, Decisions
 from modelport_server.rollout.lifecycle import COMING, State
 from modelport_server.rollout.policy import Action, ModelSnapshot, Verb
@@ -96,6 +98,7 @@ class ModelRollout:
         self._loading: set[asyncio.Task[None]] = set()
         self._warned: set[str] = set()
         self._logged = ""
+        self._listed_generation = 0
         board.rollouts[name] = self.status
 
     @property
@@ -123,6 +126,7 @@ class ModelRollout:
         """Takes in what the registry holds now."""
         first = not self._versions
         self._decisions.observe(view.desired, view.looked_at_s)
+        self._listed_generation = view.desired.generation
         for number, manifest in view.versions.items():
             self._versions.setdefault(number, Tracked(number, manifest=manifest))
         for number, tracked in list(self._versions.items()):
@@ -178,7 +182,10 @@ class ModelRollout:
     def _share(self, available: Mapping[int, Servable]) -> None:
         """Gives the candidate its share of the calls."""
         found = policy.share(self._snapshot())
-        if found is None or found[1] is not StepKind.CANARY:
+        verdict = self._bake.verdict(self.desired)
+        # It gets no call more, however long it takes to write that down.
+        worse = verdict is not None and verdict.kind is VerdictKind.WORSE
+        if found is None or found[1] is not StepKind.CANARY or worse:
             self._route.canary = None
             return
         number, _, share = found
@@ -199,6 +206,7 @@ class ModelRollout:
             ended_age_s=now - self._ended_at_s.get(last.at, now) if last is not None else float("inf"),
             verdict=self._bake.verdict(self.desired),
             deciding=self._decisions.deciding,
+            listing_is_current=self.desired.generation <= self._listed_generation,
         )
 
     def _carry_out(self, action: Action) -> None:
@@ -209,6 +217,9 @@ class ModelRollout:
         tracked = self._versions[action.version]
         if action.verb is Verb.LOAD:
             self._begin_to_load(tracked)
+        elif action.verb is Verb.COMPARE:
+            tracked.comparing = True
+            self._spawn(self._compare(tracked))
         elif action.verb is Verb.ABANDON:
             self._abandon(tracked)
         elif action.verb is Verb.SERVE:
@@ -284,34 +295,66 @@ class ModelRollout:
         tracked.become(State.DISCOVERED, "it was not wanted any more while it was loading")
 
     async def _load(self, tracked: Tracked) -> None:
-        number = tracked.version
+        number, hold = tracked.version, contextlib.ExitStack()
         try:
             async with self._loads:
                 _log.info("%s@%d: loading", self._name, number)
                 started = monotonic()
-                servable = await self._new_servable(tracked)
-                await servable.start()
-                await self._compare_speed(tracked, servable)
+                servable = await self._loaded(tracked, hold)
         except RejectedError as error:
             tracked.gates = error.gates
             self._reject(tracked, error.gate, str(error))
-            return
         except (IntegrityError, InvalidModelError) as error:
             self._reject(tracked, INTEGRITY, str(error))
-            return
         except (ModelportError, OSError) as error:
             self._put_off(tracked, error)
-            return
         except Exception:  # else the version would be on its way for ever
             _log.exception("%s@%d: loading failed", self._name, number)
             self._reject(tracked, LOAD, "the server failed to load it; its log says more")
-            return
+        else:
+            tracked.servable, tracked.hold = servable, hold.pop_all()
+            self._make_available(tracked)
+            self._note_loaded(tracked, servable, monotonic() - started)
+        finally:
+            hold.close()
+
+    async def _loaded(self, tracked: Tracked, hold: contextlib.ExitStack) -> Servable:
+        """Returns a version's servable once it has passed every gate; ``hold`` then keeps its folder."""
+        rollout = self.desired.rollout
+        servable = await self._new_servable(tracked, hold)
+        await servable.start()
+        try:
+            tracked.gates = servable.gates
+            await self._compare_speed(tracked, servable)
         except BaseException:
-            tracked.hold.close()
+            await servable.stop()
             raise
-        tracked.servable = servable
-        self._make_available(tracked)
-        self._note_loaded(tracked, servable, monotonic() - started)
+        if rollout is not None and rollout.version == tracked.version:
+            tracked.compared = rollout.id
+        return servable
+
+    async def _compare(self, tracked: Tracked) -> None:
+        """Puts a candidate that was loaded before it was one through the gates that take the stable version."""
+        rollout, stable = self.desired.rollout, self._stable_beside(tracked.version)
+        if rollout is None or rollout.version != tracked.version:
+            tracked.comparing = False
+            return
+        try:
+            if stable is not None and stable.manifest is not None and tracked.manifest is not None:
+                allowed = self.desired.policy.allow_signature_changes
+                check_signatures(stable.manifest.signatures, tracked.manifest.signatures, allowed)
+            await self._compare_speed(tracked, tracked.loaded)
+        except SignatureChangedError as error:
+            await self._lose(tracked, SIGNATURE, str(error))
+        except RejectedError as error:
+            await self._lose(tracked, error.gate, str(error))
+        except (ModelportError, OSError) as error:
+            _log.warning("%s@%d: can't be compared now: %s", self._name, tracked.version, error)
+            await asyncio.sleep(_FIRST_RETRY_S)
+        else:
+            tracked.compared = rollout.id
+        finally:
+            tracked.comparing = False
 
     async def _compare_speed(self, tracked: Tracked, servable: Servable) -> None:
         """Measures a candidate beside the stable version: the gate that takes both of them.
@@ -321,8 +364,8 @@ class ModelRollout:
         """
         stable = self._stable_beside(tracked.version)
         beside = stable.servable if stable is not None else None
+        golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
         try:
-            golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
             async with asyncio.timeout(self._options.engine.speed_timeout_s):
                 result = await compare_speed(
                     beside,
@@ -335,12 +378,8 @@ class ModelRollout:
         except TimeoutError:
             limit_s = self._options.engine.speed_timeout_s
             result = GateResult(SPEED, Outcome.FAILED, limit_s, {}, f"took more than {limit_s:g} s")
-        except BaseException:
-            await servable.stop()
-            raise
-        tracked.gates = (*servable.gates, result)
+        tracked.gates = (*(gate for gate in tracked.gates if gate.gate != SPEED), result)
         if result.outcome is Outcome.FAILED:
-            await servable.stop()
             raise RejectedError(SPEED, result.reason, tracked.gates)
 
     def _note_loaded(self, tracked: Tracked, servable: Servable, took_s: float) -> None:
@@ -354,9 +393,15 @@ class ModelRollout:
         gates: list[JSON] = [gate.to_json() for gate in tracked.gates]
         self._decisions.record("verified", tracked.version, details={"gates": gates, "seconds": round(took_s, 3)})
 
-    async def _new_servable(self, tracked: Tracked) -> Servable:
+    async def _new_servable(self, tracked: Tracked, hold: contextlib.ExitStack) -> Servable:
         number = tracked.version
-        await asyncio.to_thread(tracked.hold.enter_context, self._registry.lease(self._name, number))
+        lease = self._registry.lease(self._name, number)
+        held = asyncio.ensure_future(asyncio.to_thread(hold.enter_context, lease))
+        try:
+            await asyncio.shield(held)
+        except asyncio.CancelledError:  # the thread goes on: what it gets must be let go, too
+            held.add_done_callback(lambda done: hold.close() if done.cancelled() or done.exception() is None else None)
+            raise
         manifest = tracked.manifest
         if manifest is None:
             manifest = tracked.manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
@@ -433,18 +478,26 @@ class ModelRollout:
         if servable is None:
             return  # retired meanwhile
         self._take_out(tracked)
-        await servable.stop()
-        tracked.servable = None
         self._reject(tracked, gate, reason)
+        tracked.servable = None
+        await servable.stop()
 
     def _take_out(self, tracked: Tracked) -> None:
         self._route.available.pop(tracked.version, None)
         if self._route.serving is tracked.servable:
-            self._route.serving = None
+            self._route.serving = self._heir(tracked.version)
         if self._route.canary is not None and self._route.canary.servable is tracked.servable:
             self._route.canary = None
         tracked.accused = True
         tracked.become(State.REJECTED, "its engine keeps failing")
+
+    def _heir(self, version: int) -> Servable | None:
+        """Returns who can answer at once in place of a version that is lost: the one before it."""
+        rollout, last = self.desired.rollout, self.desired.last
+        previous = last.previous if last is not None and last.version == version else None
+        if rollout is not None and rollout.version == version:
+            previous = rollout.previous
+        return self._available().get(previous) if previous is not None else None
 
     def _retire(self, tracked: Tracked) -> None:
         """Lets a version go at once; its engine ends in its own time, and its folder is held until then."""

@@ -22,7 +22,7 @@ from modelport_server.rollout.lifecycle import COMING, LOADED, State
 STABLE = "stable"
 STREAM_END_S = 5.0
 """How long streams that were told to end may take; one whose caller reads nothing never would."""
-LAST_CALLS_S = 2.0
+LAST_CALLS_S = 5.0
 """How long a version that was rejected may go on with what it runs; then its callers are told to try again."""
 
 
@@ -37,6 +37,8 @@ class Verb(enum.Enum):
     REVIVE = "revive"
     END_STREAMS = "end streams"
     RETIRE = "retire"
+    COMPARE = "compare"
+    """Put a candidate that was loaded before it was one through the gates that take the stable version."""
     START = "start"
     """Decide: the version becomes the candidate."""
     ADVANCE = "advance"
@@ -76,6 +78,10 @@ class VersionSnapshot:
     """How long ago, in seconds."""
     put_off: bool = False
     """Whether it could not be read, and it is too early to try again."""
+    compared: str = ""
+    """The rollout in which it was compared with the stable version, in its signatures and in speed."""
+    comparing: bool = False
+    """Whether that is under way apart from loading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,8 @@ class ModelSnapshot:
     """How the candidate does beside the stable version; None where nothing is compared."""
     deciding: bool = False
     """Whether a decision is on its way to the registry."""
+    listing_is_current: bool = True
+    """Whether the versions were listed after the desired state was written."""
 
 
 def in_charge(desired: Desired) -> int | None:
@@ -117,7 +125,7 @@ def share(snapshot: ModelSnapshot) -> tuple[int, StepKind, float] | None:
     """Returns the candidate, what it gets, and which share of the calls that name no version; None without one."""
     rollout = snapshot.desired.rollout
     step = rollout.current if rollout is not None else None
-    if rollout is None or step is None or _state(snapshot, rollout.version) is not State.AVAILABLE:
+    if rollout is None or step is None or not _has_passed(snapshot, rollout):
         return None
     return rollout.version, step.kind, step.share
 
@@ -127,8 +135,26 @@ def next_action(snapshot: ModelSnapshot) -> Action | None:
     wanted = charge(snapshot)
     if wanted is not None and wanted != snapshot.serving and _state(snapshot, wanted) is State.AVAILABLE:
         return Action(Verb.SERVE, wanted)
+    if (comparison := _comparison(snapshot)) is not None:
+        return comparison
     decision = None if snapshot.deciding else _decision(snapshot)
     return decision or _let_go(snapshot) or _bring_in(snapshot)
+
+
+def _has_passed(snapshot: ModelSnapshot, rollout: Rollout) -> bool:
+    """Returns whether the candidate has passed every gate here."""
+    candidate = snapshot.versions.get(rollout.version)
+    return candidate is not None and candidate.state is State.AVAILABLE and candidate.compared == rollout.id
+
+
+def _comparison(snapshot: ModelSnapshot) -> Action | None:
+    rollout = snapshot.desired.rollout
+    if rollout is None or rollout.phase is Phase.WATCH:
+        return None
+    candidate = snapshot.versions.get(rollout.version)
+    if candidate is None or candidate.state is not State.AVAILABLE or candidate.comparing:
+        return None
+    return None if candidate.compared == rollout.id else Action(Verb.COMPARE, rollout.version)
 
 
 def _decision(snapshot: ModelSnapshot) -> Action | None:
@@ -145,15 +171,14 @@ def _judged(snapshot: ModelSnapshot, rollout: Rollout) -> Action | None:
     verdict = snapshot.verdict.kind if snapshot.verdict is not None else None
     if verdict is VerdictKind.WORSE and rollout.phase is not Phase.GATES:
         return Action(Verb.ROLL_BACK, rollout.version)
-    candidate = snapshot.versions.get(rollout.version)
-    if candidate is None:  # its folder is gone and it is not loaded
-        return Action(Verb.ROLL_BACK, rollout.version)
+    if rollout.version not in snapshot.versions:  # its folder is gone and it is not loaded, or it is not listed yet
+        return Action(Verb.ROLL_BACK, rollout.version) if snapshot.listing_is_current else None
     if rollout.paused:
         return None
     if rollout.phase is Phase.WATCH:
         over = snapshot.phase_age_s >= snapshot.desired.policy.watch_s
         return Action(Verb.COMPLETE, rollout.version) if over else None
-    if candidate.state is not State.AVAILABLE:
+    if not _has_passed(snapshot, rollout):
         return None
     if rollout.phase is Phase.GATES or (
         rollout.current is not None
@@ -182,8 +207,10 @@ def aspired(snapshot: ModelSnapshot) -> list[int]:
 
 def _kept_warm(snapshot: ModelSnapshot) -> int | None:
     """Returns the version that stays loaded for a while after its successor has proved itself."""
-    last, stable = snapshot.desired.last, snapshot.desired.aliases.get(STABLE)
-    if last is None or last.version != stable or snapshot.ended_age_s >= snapshot.desired.policy.keep_warm_s:
+    desired, last = snapshot.desired, snapshot.desired.last
+    if last is None or last.version != desired.aliases.get(STABLE) or last.previous in desired.rejected:
+        return None
+    if snapshot.ended_age_s >= desired.policy.keep_warm_s:
         return None
     return last.previous
 

@@ -57,6 +57,7 @@ class Shadow:
         self._under_way: set[asyncio.Future[Answer]] = set()
         self._spare = SpareTime(candidate.pid)
         self._agreement: dict[str, Agreement] = {}
+        self._scheduled = 0
         self._copied = 0
         self._dropped = 0
         self._failed = 0
@@ -69,9 +70,10 @@ class Shadow:
         if self._owed < 1 - 1e-9:
             return
         self._owed -= 1
-        if len(self._under_way) >= _MAX_UNDER_WAY or not self._spare.there_is():
+        if self._scheduled + len(self._under_way) >= _MAX_UNDER_WAY or not self._spare.there_is():
             self._dropped += 1
             return
+        self._scheduled += 1
         # Not now: the caller's answer goes out first.
         asyncio.get_running_loop().call_soon(self._copy, call, call.future.result())
 
@@ -79,6 +81,7 @@ class Shadow:
         """Takes no notice of batches."""
 
     def _copy(self, call: Call, answer: Answer) -> None:
+        self._scheduled -= 1
         try:
             copy = self.candidate.prepare(call.signature, call.inputs, (), monotonic() + _PATIENCE_S)
             self.candidate.submit(copy)
@@ -160,6 +163,8 @@ def agreeing_rows(left: RawTensor, right: RawTensor | None) -> tuple[int, int]:
         same = first.argmax(axis=1) == second.argmax(axis=1)
         same &= np.isfinite(first).all(axis=1) == np.isfinite(second).all(axis=1)
         return len(first), int(same.sum())
+    if not first.size:
+        return len(first), len(first)
     flat = (first.reshape(len(first), -1), second.reshape(len(second), -1))
     same = np.isclose(*flat, rtol=0.01, atol=0.001, equal_nan=True) if floats else flat[0] == flat[1]
     return len(first), int(np.asarray(same).all(axis=1).sum())

@@ -33,6 +33,9 @@ class Tracked:
     """How often it could not be read."""
     retry_at_s: float = 0.0
     """When it may be tried again, on the monotonic clock."""
+    compared: str = ""
+    """The rollout in which it was compared with the stable version."""
+    comparing: bool = False
     accused: bool = False
     """Whether its rejection is on its way to the registry."""
     hold: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -63,6 +66,8 @@ class Tracked:
             age_s=now_s - self.since_s,
             in_registry=self.in_registry,
             put_off=now_s < self.retry_at_s,
+            compared=self.compared,
+            comparing=self.comparing,
             streams_ended=servable is not None and servable.retire_streams.is_set(),
             streams_ended_s=servable.retire_streams.age_s if servable is not None else 0.0,
         )

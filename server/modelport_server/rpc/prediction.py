@@ -95,6 +95,7 @@ async def _run(servable: Servable, request: Request, deadline: float) -> Answer:
     servable.acquire()
     try:
         call: Call = servable.prepare(request.signature, request.inputs, request.outputs, deadline)
+        call.movable = request.version is None and request.alias is None
         servable.submit(call)
         return await call.future
     finally:

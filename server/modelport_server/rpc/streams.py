@@ -60,6 +60,7 @@ class PredictStream:
         self._closed = False
         self._first: pb.PredictRequest | None = None
         self._follow = False
+        self._named = False
         self._pinned: Servable | None = None
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -136,6 +137,7 @@ class PredictStream:
             if self._first is None:
                 self._follow = message.follow
                 self._first = _names_of(message.request)
+                self._named = self._first.WhichOneof("version_choice") is not None
             request = to_request(message.request, len(raw))
             servable = self._route(request, self._first)
             await self._start(servable, request, request.signature or self._first.signature)
@@ -179,6 +181,7 @@ class PredictStream:
         servable.acquire()
         try:
             call = servable.prepare(signature, request.inputs, request.outputs, deadline_of(self._context))
+            call.movable = self._follow and request.version is None and request.alias is None and not self._named
             await servable.room(call)
             if self._closed:
                 call.future.cancel()
