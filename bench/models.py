@@ -9,6 +9,7 @@ Each folder holds ``saved_model`` and, per signature, the golden examples as ``.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -62,9 +63,13 @@ def _load(path: Path) -> Golden:
     return Golden(path.stem, inputs, outputs, rtol=1e-3, atol=1e-4)
 
 
-def _small() -> Any:
-    import keras
+def _library(name: str) -> Any:
+    """Returns a library that has no types of its own."""
+    return importlib.import_module(name)
 
+
+def _small() -> Any:
+    keras = _library("keras")
     layers = keras.layers
     return keras.Sequential(
         [
@@ -83,8 +88,7 @@ def _small() -> Any:
 
 
 def _resnet(quick: bool) -> Any:
-    import keras
-
+    keras = _library("keras")
     if not quick:
         return keras.applications.ResNet50(weights=None)
     layers = keras.layers
@@ -92,8 +96,7 @@ def _resnet(quick: bool) -> Any:
 
 
 def _save(folder: Path, parts: Mapping[str, Any]) -> None:
-    import tensorflow as tf
-
+    tf = _library("tensorflow")
     module = tf.Module()
     module.parts = list(parts.values())
     signatures = {name: _signature(part) for name, part in parts.items()}
@@ -107,7 +110,7 @@ def _save(folder: Path, parts: Mapping[str, Any]) -> None:
 
 
 def _signature(part: Any) -> Any:
-    import tensorflow as tf
+    tf = _library("tensorflow")
 
     def answer(images: Any) -> dict[str, Any]:
         return {"probabilities": part(tf.cast(images, tf.float32), training=False)}
@@ -119,8 +122,7 @@ def _signature(part: Any) -> Any:
 def main() -> None:
     """Makes all models in the folder that is given."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import keras
-
+    keras = _library("keras")
     keras.utils.set_random_seed(1)
     folder = Path(sys.argv[1])
     small, resnet = _small(), _resnet("--quick" in sys.argv)

@@ -6,6 +6,7 @@ Run ``python -m tests.support.rollout_rates`` for the tables of ``docs/rollout-s
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,9 +171,7 @@ def draw(found: Mapping[tuple[str, float, float], Sequence[Detection]], path: Pa
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
-
-    plt: Any = pyplot
+    plt: Any = importlib.import_module("matplotlib.pyplot")  # its own types are partly unknown
     figure = plt.figure(figsize=(8, 4))
     axes = figure.add_subplot()
     for (name, calls_per_s, share), all_of in found.items():
