@@ -133,15 +133,26 @@ class Changes:
         return Held(footprint(self.front), len(self.front.children(recursive=True)), shared(self.front))
 
     def wait_quiet(self) -> None:
-        """Returns once one version's engine is left."""
-        wait_for(lambda: len(engines(self.front)) == 1, "old engines to end", self.server.alive)
+        """Returns once one version's engine is left, and every process that ended has been waited for."""
+
+        def quiet() -> bool:
+            return len(engines(self.front)) == 1 and not any(map(_is_zombie, self.front.children(recursive=True)))
+
+        wait_for(quiet, "old engines to end", self.server.alive)
 
     def check_nothing_is_left(self, before: Held) -> None:
         """Raises if the server holds more than it did."""
         self.wait_quiet()
         wait_back(self.front, before.front, rss_bytes=RSS_BYTES, fds=2, threads=2)
-        wait_for(lambda: len(self.front.children(recursive=True)) == before.children, "processes to end")
+        wait_for(lambda: len(self.front.children(recursive=True)) <= before.children, "processes to end")
         wait_for(lambda: shared(self.front) <= before.shared, "shared memory to be given back")
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shared(process: psutil.Process) -> int:

@@ -56,10 +56,10 @@ def test_keys_stay_out_of_the_repr() -> None:
     assert "secret" not in repr(Tls(private_key=b"secret", certificate_chain=b"c"))
 
 
-def test_streams_are_not_retried_by_grpc() -> None:
+def test_grpc_retries_no_streams_and_nothing_that_changes_a_rollout() -> None:
     config: Any = service_config(RetryPolicy(), several=False)
     methods = {entry["method"] for entry in config["methodConfig"][0]["name"]}
-    assert methods == {"Predict", "GetModel", "ListModels"}
+    assert methods == {"Predict", "GetModel", "ListModels", "GetRollout", "GetPolicy", "ReadJournal"}
     assert config["methodConfig"][0]["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
 
 

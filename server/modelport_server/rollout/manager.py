@@ -55,8 +55,7 @@ class RolloutManager:
                 self._observe(view)
             self._advance()
             self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wait_for_news(), self._options.rollout.poll_interval_s)
+            await self._act_on_news(self._options.rollout.poll_interval_s)
 
     def _advance(self) -> None:
         """Has every model do what there is to do; one that fails does not stop the others, nor the server."""
@@ -70,12 +69,15 @@ class RolloutManager:
             else:
                 self._failed.pop(name, None)
 
-    async def _wait_for_news(self) -> None:
+    async def _act_on_news(self, duration_s: float) -> None:
         """Acts between two looks at the registry: on finished steps at once, on evidence a few times a second."""
-        while True:
+        until_s = monotonic() + duration_s
+        while (left_s := until_s - monotonic()) > 0:
             baking = any(rollout.baking for rollout in self._models.values())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _LOOK_S if baking else None)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes as its future is done.
+                async with asyncio.timeout(min(left_s, _LOOK_S) if baking else left_s):
+                    await self._wake.wait()
             self._wake.clear()
             self._advance()
 
