@@ -20,7 +20,7 @@ from modelport_registry import Golden, Published, Registry
 from tests.conftest import versioned_golden
 from tests.support.bad_versions import bad_golden
 from tests.support.rollouts import AT_ONCE
-from tests.support.rpc import Stream, call, canary, engines, open_channel, request, start
+from tests.support.rpc import Stream, call, canary, engines, has_ended, open_channel, request, start
 from tests.support.server import ServerProcess, run_server, wait_for
 
 OK = grpc.StatusCode.OK
@@ -270,7 +270,7 @@ def test_engines_end_with_a_server_that_is_killed(tmp_path: Path, publish_tag: P
         engine = _one_engine(server)
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(30)
-        wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, "the engine to end")
+        wait_for(lambda: has_ended(engine), "the engine to end")
 
 
 def test_no_file_descriptor_is_lost_with_an_engine(tmp_path: Path, publish_tag: Publish) -> None:

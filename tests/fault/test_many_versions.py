@@ -18,7 +18,7 @@ from tests.support.launch import program
 from tests.support.load import Inputs, Load, LoadOptions, load, tags_of
 from tests.support.make_models import VERSIONS
 from tests.support.rollouts import AT_ONCE
-from tests.support.rpc import Footprint, engines, footprint, wait_back
+from tests.support.rpc import Footprint, engines, footprint, has_ended, wait_back
 from tests.support.server import ServerProcess, run_server, wait_for
 from tests.support.stub_engine import stub_golden, stub_variables, write_stub
 
@@ -136,7 +136,7 @@ class Changes:
         """Returns once one version's engine is left, and every process that ended has been waited for."""
 
         def quiet() -> bool:
-            return len(engines(self.front)) == 1 and not any(map(_is_zombie, self.front.children(recursive=True)))
+            return len(engines(self.front)) == 1 and not any(map(has_ended, self.front.children(recursive=True)))
 
         wait_for(quiet, "old engines to end", self.server.alive)
 
@@ -146,13 +146,6 @@ class Changes:
         wait_back(self.front, before.front, rss_bytes=RSS_BYTES, fds=2, threads=2)
         wait_for(lambda: len(self.front.children(recursive=True)) <= before.children, "processes to end")
         wait_for(lambda: shared(self.front) <= before.shared, "shared memory to be given back")
-
-
-def _is_zombie(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def shared(process: psutil.Process) -> int:

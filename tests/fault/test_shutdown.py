@@ -21,7 +21,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Published, Registry
-from tests.support.rpc import PREDICT, Outcome, Stream, call, engines, failed, open_channel, request, start
+from tests.support.rpc import (
+    PREDICT,
+    Outcome,
+    Stream,
+    call,
+    engines,
+    failed,
+    has_ended,
+    open_channel,
+    request,
+    start,
+)
 from tests.support.server import ServerProcess, run_server, wait_for
 
 OK = grpc.StatusCode.OK
@@ -172,7 +183,7 @@ def test_sigterm_under_load_loses_no_call(tmp_path: Path, publish_tag: Publish) 
             assert stream.notices == [pb.StreamNotice.REASON_DRAINING]
             assert stream.code is OK
             assert stream.answered == list(range(1, stream.sent + 1))
-        wait_for(lambda: not any(child.is_running() for child in children), "the engines to end")
+        wait_for(lambda: all(map(has_ended, children)), "the engines to end")
 
 
 def test_health_turns_before_calls_are_refused(tmp_path: Path, publish_tag: Publish) -> None:
@@ -230,7 +241,7 @@ def test_an_engine_that_hangs_does_not_hold_up_the_end(tmp_path: Path, publish_t
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert wait().code is not OK
-        wait_for(lambda: not engine.is_running(), "the engine to end")
+        wait_for(lambda: has_ended(engine), "the engine to end")
 
 
 def test_a_large_answer_that_is_on_its_way_arrives(tmp_path: Path, saved_models: Path) -> None:
@@ -266,7 +277,7 @@ def test_a_second_sigterm_ends_it_at_once(tmp_path: Path, publish_tag: Publish) 
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) != 0
         watch.close()
-        wait_for(lambda: not engine.is_running(), "the engine to end")
+        wait_for(lambda: has_ended(engine), "the engine to end")
 
 
 def test_sigterm_while_a_version_loads(tmp_path: Path, publish_tag: Publish) -> None:
@@ -277,7 +288,7 @@ def test_sigterm_while_a_version_loads(tmp_path: Path, publish_tag: Publish) -> 
         children = engines(front)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
-        wait_for(lambda: not any(child.is_running() for child in children), "the engine to end")
+        wait_for(lambda: all(map(has_ended, children)), "the engine to end")
     assert "Traceback" not in server.log.read_text()
 
 

@@ -225,6 +225,14 @@ def wait_back(process: psutil.Process, before: Footprint, *, rss_bytes: int, fds
         raise AssertionError(f"it held {before}, now {footprint(process)}") from None
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Returns whether a process has ended, be it that its parent has not waited for it yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def engines(process: psutil.Process) -> list[psutil.Process]:
     """Returns the engine processes of a server, oldest first."""
     return sorted(filter(_is_engine, process.children()), key=lambda child: child.create_time())
