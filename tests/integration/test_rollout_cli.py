@@ -221,7 +221,7 @@ async def test_the_live_picture_on_a_terminal() -> None:
             server.rollout = ended(pb.ROLLOUT_OUTCOME_PROMOTED, 2)
             await server.model_changed()
             shown += await asyncio.to_thread(read_until, terminal, "promoted")
-            rest = asyncio.to_thread(read_until, terminal, None)
+            rest = asyncio.create_task(asyncio.to_thread(read_until, terminal, None))  # it must not fill up meanwhile
             assert await process.wait() == 0
             await rest
     finally:
@@ -234,11 +234,20 @@ def read_until(terminal: int, text: str | None) -> str:
     """Returns what a terminal shows up to ``text``, or until nobody writes any more."""
     shown = ""
     while text is None or text not in shown:
-        try:
-            shown += os.read(terminal, 1 << 16).decode(errors="replace")
-        except OSError:  # the other end is closed
+        more = read_some(terminal)
+        assert more or text is None, f"the other end was closed, and never said {text!r}: {shown}"
+        if not more:
             break
+        shown += more
     return shown
+
+
+def read_some(terminal: int) -> str:
+    """Returns what a terminal has to show next; nothing once its other end is closed."""
+    try:
+        return os.read(terminal, 1 << 16).decode(errors="replace")
+    except OSError:  # how a terminal says so
+        return ""
 
 
 async def started(server: FakeServer, *arguments: str) -> asyncio.subprocess.Process:
