@@ -42,6 +42,10 @@ def registry(bad_versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
     return store
 
 
+ADVISED = ("safety", "signature", "speed")
+"""Gates whose rules a model's policy may relax."""
+
+
 def _publish(registry: Registry, bad_versions: Path, name: str) -> int:
     return registry.publish(MODEL, bad_versions / name, golden=[bad_golden(name, 2)]).version
 
@@ -94,6 +98,7 @@ def test_a_bad_version_is_rejected_at_its_gate(
     assert [one["gate"] for one in document["gates"]] == list(GATES[: GATES.index(gate) + 1])
     assert [one["outcome"] for one in document["gates"]] == ["passed"] * GATES.index(gate) + ["failed"]
     assert reason in failed["reason"]
+    assert ("modelport policy doubler --" in failed["reason"]) is (gate in ADVISED)
     assert stderr[-1] == f"error: doubler version {version} is rejected at the gate {gate}: {failed['reason']}"
 
 

@@ -200,7 +200,8 @@ class _Loading:
         from modelport_server.gates.safety import UnsafeModelError, check_safety
 
         try:
-            return dict(check_safety((self._path / "saved_model.pb").read_bytes(), self._order.allow_ops))
+            graph = (self._path / "saved_model.pb").read_bytes()
+            return dict(check_safety(graph, self._order.allow_ops, model=self._order.model))
         except (UnsafeModelError, IntegrityError, InvalidModelError) as error:
             raise _RejectedError(str(error)) from error
         except OSError as error:
@@ -213,7 +214,8 @@ class _Loading:
         if order.baseline is None:
             raise _SkippedError("there is no version in charge to compare with")
         try:
-            return dict(check_signatures(order.baseline, manifest.signatures, order.allow_signature_changes))
+            allowed = order.allow_signature_changes
+            return dict(check_signatures(order.baseline, manifest.signatures, allowed, model=order.model))
         except SignatureChangedError as error:
             raise _RejectedError(str(error)) from error
 

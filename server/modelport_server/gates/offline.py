@@ -90,6 +90,7 @@ class OfflineCheck:
             batched=stable.batched & candidate.batched,
             sizes=probe_sizes(self.largest),
             max_ratio=max_ratio,
+            model=self.model,
         )
 
 

@@ -25,7 +25,7 @@ class UnsafeModelError(ModelportError):
     """A graph has an operation that is not known to be harmless; the text names it and where it is."""
 
 
-def check_safety(saved_model: bytes, allow_ops: Collection[str] = ()) -> dict[str, JSON]:
+def check_safety(saved_model: bytes, allow_ops: Collection[str] = (), *, model: str = "MODEL") -> dict[str, JSON]:
     """Checks every operation of every graph and of their function libraries.
 
     What saves and restores variables is fine where nothing but the graph's saver reaches it.
@@ -33,6 +33,7 @@ def check_safety(saved_model: bytes, allow_ops: Collection[str] = ()) -> dict[st
     Args:
         saved_model: the bytes of ``saved_model.pb``.
         allow_ops: operations that the model's policy allows besides those that are known to be harmless.
+        model: the model's name, for the text that says how to allow more.
 
     Returns:
         How many distinct operations, nodes and functions there are.
@@ -48,7 +49,7 @@ def check_safety(saved_model: bytes, allow_ops: Collection[str] = ()) -> dict[st
         for finding in _findings(graph, trusted):
             found.setdefault(finding.op, finding)
     if found:
-        raise UnsafeModelError(_text(list(found.values()), trusted))
+        raise UnsafeModelError(_text(list(found.values()), trusted, model))
     nodes = [node for graph in graphs for _, nodes in _places(graph) for node in nodes]
     functions = sum(len(graph.functions) for graph in graphs)
     return {"operations": len({node.op for node in nodes}), "nodes": len(nodes), "functions": functions}
@@ -164,7 +165,7 @@ def _closure(functions: Mapping[str, GraphFunction], names: Iterable[str]) -> fr
     return frozenset(reached)
 
 
-def _text(findings: list[_Finding], trusted: Collection[str]) -> str:
+def _text(findings: list[_Finding], trusted: Collection[str], model: str) -> str:
     first = findings[0]
     where = f"function {shown(first.function)}" if first.function else "the graph itself"
     node = f", node {shown(first.node)}" if first.node else ""
@@ -175,7 +176,7 @@ def _text(findings: list[_Finding], trusted: Collection[str]) -> str:
     options = " ".join(f"--allow-op {_quoted(op)}" for op in allowed)
     return (
         f"the operation {shown(first.op)} in {where}{node} {first.why}{also}; "
-        f"if you trust the model: modelport policy MODEL {options}"
+        f"if you trust the model: modelport policy {model} {options}"
     )
 
 

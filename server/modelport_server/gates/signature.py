@@ -10,7 +10,6 @@ from modelport_registry import JSON, SignatureSpec, TensorSpec
 from modelport_server.signatures import shape_text
 
 _SHOWN_CHANGES = 3
-_ALLOW = "if callers can take it: modelport policy MODEL --allow-signature-changes"
 
 
 class SignatureChangedError(ModelportError):
@@ -18,7 +17,11 @@ class SignatureChangedError(ModelportError):
 
 
 def check_signatures(
-    baseline: Mapping[str, SignatureSpec], candidate: Mapping[str, SignatureSpec], allow_changes: bool = False
+    baseline: Mapping[str, SignatureSpec],
+    candidate: Mapping[str, SignatureSpec],
+    allow_changes: bool = False,
+    *,
+    model: str = "MODEL",
 ) -> dict[str, JSON]:
     """Compares what a version takes and gives with what the stable version does.
 
@@ -30,6 +33,7 @@ def check_signatures(
         baseline: the stable version's signatures by name.
         candidate: the new version's.
         allow_changes: whether the model's policy allows changes: they are counted then, and not an error.
+        model: the model's name, for the text that says how to allow them.
 
     Returns:
         How many signatures were compared, what was added, and the changes that were allowed.
@@ -40,7 +44,8 @@ def check_signatures(
     changes = [change for name, before in baseline.items() for change in _changes(before, candidate.get(name))]
     if changes and not allow_changes:
         more = f"; and {len(changes) - _SHOWN_CHANGES} more changes" if len(changes) > _SHOWN_CHANGES else ""
-        raise SignatureChangedError(f"{'; '.join(changes[:_SHOWN_CHANGES])}{more}; {_ALLOW}")
+        allow = f"if callers can take it: modelport policy {model} --allow-signature-changes"
+        raise SignatureChangedError(f"{'; '.join(changes[:_SHOWN_CHANGES])}{more}; {allow}")
     figures: dict[str, JSON] = {"signatures": len(baseline), "added": list(_additions(baseline, candidate))}
     return figures | ({"changes": changes[:_SHOWN_CHANGES]} if changes else {})
 

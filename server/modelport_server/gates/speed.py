@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -23,8 +24,10 @@ MIDDLE_ROWS = 32
 
 _FEWEST_PAIRS = 5
 _MOST_SIGNATURES = 3
-_DOUBTFUL = 0.75
-"""At this share of the largest ratio, and above, a version is measured for as long again."""
+_MOST_LOOKS = 3
+"""What seems too slow is measured anew, up to so many times in all."""
+_PAUSE_S = 0.3
+"""Between two looks, so that what disturbed the one may be over at the next."""
 _NOT_FELT_US = 50.0
 """A call that takes this much longer is not slower to anybody, however often a tiny model fits into it."""
 
@@ -79,12 +82,14 @@ async def compare_speed(
     max_ratio: float,
     budget_s: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    model: str = "MODEL",
 ) -> GateResult:
     """Runs equal batches on both versions in turns and compares what a row takes.
 
     Others use the machine too: their calls make wall time longer, and an engine that waits busily makes
-    processor time longer. A version is slower if both medians are, at one size of batch. What comes near the
-    limit is measured for as long again.
+    processor time longer. A version is slower if both medians are, at one size of batch, and if they are so
+    each of the three times that they are measured with pauses between.
 
     Args:
         stable: the version in charge; None without one.
@@ -95,6 +100,8 @@ async def compare_speed(
         max_ratio: how many times longer a row of the candidate may take.
         budget_s: how long to measure, in seconds; each size is measured five times in any case.
         clock: returns seconds.
+        pause: returns after so many seconds.
+        model: the model's name, for the text that says how to allow more.
 
     Returns:
         What was found; skipped where there is nothing to compare with.
@@ -113,7 +120,8 @@ async def compare_speed(
     try:
         for case in cases:
             await race.run(case, budget_s / len(cases))
-            if case.doubtful(max_ratio):  # a second look at what may have been somebody else's doing
+            while case.slower(max_ratio) and len(case.looks) < _MOST_LOOKS:  # it may have been somebody else's doing
+                await pause(_PAUSE_S)
                 await race.run(case, budget_s / len(cases))
     except _StableFailedError as error:
         return result(Outcome.SKIPPED, f"the stable version can't be measured: {error}")
@@ -124,21 +132,15 @@ async def compare_speed(
     if not slow:
         return result(Outcome.PASSED, figures=figures)
     worst = max(slow, key=lambda case: case.ratio)
-    return result(Outcome.FAILED, worst.text(max_ratio), figures)
+    return result(Outcome.FAILED, worst.text(max_ratio, model), figures)
 
 
-@dataclass(slots=True)
-class _Case:
-    """One signature at one size of batch."""
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Batches that both versions ran in turns."""
 
-    signature: str
-    inputs: Inputs
     stable: list[Probe] = field(default_factory=list[Probe])
     candidate: list[Probe] = field(default_factory=list[Probe])
-
-    @property
-    def rows(self) -> int:
-        return max(self.candidate[0].rows, 1)
 
     @property
     def ratio(self) -> float:
@@ -148,17 +150,49 @@ class _Case:
     def cpu_ratio(self) -> float:
         return _ratio(_cpu(self.stable), _cpu(self.candidate))
 
+
+@dataclass(slots=True)
+class _Case:
+    """One signature at one size of batch."""
+
+    signature: str
+    inputs: Inputs
+    looks: list[_Look] = field(default_factory=list[_Look])
+
+    @property
+    def fairest(self) -> _Look:
+        """The look at which the candidate did best: what disturbs a measurement makes it longer."""
+        return min(self.looks, key=lambda look: min(look.ratio, look.cpu_ratio))
+
+    @property
+    def stable(self) -> list[Probe]:
+        return self.fairest.stable
+
+    @property
+    def candidate(self) -> list[Probe]:
+        return self.fairest.candidate
+
+    @property
+    def rows(self) -> int:
+        return max(self.candidate[0].rows, 1)
+
+    @property
+    def ratio(self) -> float:
+        return self.fairest.ratio
+
+    @property
+    def cpu_ratio(self) -> float:
+        return self.fairest.cpu_ratio
+
     def slower(self, max_ratio: float) -> bool:
         felt = _wall(self.candidate) - _wall(self.stable) > _NOT_FELT_US
         return felt and self.ratio > max_ratio and self.cpu_ratio > max_ratio
-
-    def doubtful(self, max_ratio: float) -> bool:
-        return self.ratio > max_ratio * _DOUBTFUL and self.cpu_ratio > max_ratio * _DOUBTFUL
 
     def figures(self) -> dict[str, JSON]:
         return {
             "signature": self.signature,
             "rows": self.rows,
+            "looks": len(self.looks),
             "pairs": len(self.candidate),
             "stable_us_per_row": round(_wall(self.stable) / self.rows, 2),
             "candidate_us_per_row": round(_wall(self.candidate) / self.rows, 2),
@@ -168,13 +202,13 @@ class _Case:
             "cpu_ratio": round(self.cpu_ratio, 3),
         }
 
-    def text(self, max_ratio: float) -> str:
+    def text(self, max_ratio: float, model: str) -> str:
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
         return (
             f"signature {shown(self.signature)} takes {_wall(self.candidate) / self.rows:.0f} us per row with "
             f"{rows} together, the stable version {_wall(self.stable) / self.rows:.0f} us: {self.ratio:.1f} times as "
             f"long, {self.cpu_ratio:.1f} times the processor time (at most {max_ratio:g}); "
-            "if that is fine: modelport policy MODEL --max-speed-ratio RATIO"
+            f"if that is fine: modelport policy {model} --max-speed-ratio RATIO"
         )
 
 
@@ -206,14 +240,15 @@ class _Race:
     async def run(self, case: _Case, budget_s: float) -> None:
         await self._run_stable(case)  # not measured: the first run of a shape may be longer
         await self._run_candidate(case)
-        end, fewest = self.clock() + budget_s, len(case.candidate) + _FEWEST_PAIRS
-        while len(case.candidate) < fewest or self.clock() < end:
+        look, end = _Look(), self.clock() + budget_s
+        while len(look.candidate) < _FEWEST_PAIRS or self.clock() < end:
             first, second = self._run_stable, self._run_candidate
-            if len(case.candidate) % 2:  # so that neither is always the one after a pause
+            if len(look.candidate) % 2:  # so that neither is always the one after a pause
                 first, second = second, first
             probes = {first: await first(case), second: await second(case)}
-            case.stable.append(probes[self._run_stable])
-            case.candidate.append(probes[self._run_candidate])
+            look.stable.append(probes[self._run_stable])
+            look.candidate.append(probes[self._run_candidate])
+        case.looks.append(look)
 
     async def _run_stable(self, case: _Case) -> Probe:
         try:

@@ -342,7 +342,7 @@ class ModelRollout:
         try:
             if stable is not None and stable.manifest is not None and tracked.manifest is not None:
                 allowed = self.desired.policy.allow_signature_changes
-                check_signatures(stable.manifest.signatures, tracked.manifest.signatures, allowed)
+                check_signatures(stable.manifest.signatures, tracked.manifest.signatures, allowed, model=self._name)
             await self._compare_speed(tracked, tracked.loaded)
         except SignatureChangedError as error:
             await self._lose(tracked, SIGNATURE, str(error))
@@ -374,6 +374,7 @@ class ModelRollout:
                     batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
                     sizes=probe_sizes(self._options.batch.max_batch_size),
                     max_ratio=self.desired.policy.max_speed_ratio,
+                    model=self._name,
                 )
         except TimeoutError:
             limit_s = self._options.engine.speed_timeout_s
