@@ -57,11 +57,17 @@ def publish(
         Path | None,
         typer.Option(
             help="Examples to check every server with: an .npz whose arrays are called inputs/NAME and "
-            "outputs/NAME, or SIGNATURE/inputs/NAME."
+            "outputs/NAME, or SIGNATURE/inputs/NAME; or the golden.npz of a version."
         ),
     ] = None,
-    rtol: Annotated[float, typer.Option(help="Relative tolerance of the golden outputs.")] = 1e-4,
-    atol: Annotated[float, typer.Option(help="Absolute tolerance of the golden outputs.")] = 1e-5,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Relative tolerance of the golden outputs.", show_default="0.0001, or what the version has"),
+    ] = None,
+    atol: Annotated[
+        float | None,
+        typer.Option(help="Absolute tolerance of the golden outputs.", show_default="1e-05, or what the version has"),
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER; again for more.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A word of your own; again for more.")] = None,
     alias: Annotated[
@@ -488,7 +494,7 @@ def resolve(store: Registry, model: str, text: str) -> int:
     return store.resolve(model, alias=text)
 
 
-def _golden(path: Path | None, rtol: float, atol: float) -> list[Golden]:
+def _golden(path: Path | None, rtol: float | None, atol: float | None) -> list[Golden]:
     if path is None:
         return []
     from modelport_registry._golden import read_npz

@@ -13,6 +13,7 @@ import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from modelport import tensors
 from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry._errors import IntegrityError, InvalidModelError
+from modelport_registry._files import read_bounded
 from modelport_registry._json import JSON, Fields, parse
 from modelport_registry._manifest import SignatureSpec, TensorSpec
 from modelport_registry._types import Golden
@@ -123,15 +125,43 @@ def load_golden(data: bytes) -> list[Golden]:
         raise IntegrityError(_DAMAGED) from exc
 
 
-def read_npz(path: Path, *, rtol: float, atol: float) -> list[Golden]:
-    """Returns the examples of an ``.npz`` that people make.
+def read_npz(path: Path, *, rtol: float | None = None, atol: float | None = None) -> list[Golden]:
+    """Returns the examples of an ``.npz`` that people make, or of a published version's ``golden.npz``.
 
-    Its arrays are called ``inputs/NAME`` and ``outputs/NAME`` for ``serving_default``, or
-    ``SIGNATURE/inputs/NAME`` and ``SIGNATURE/outputs/NAME``.
+    In one that people make, arrays are called ``inputs/NAME`` and ``outputs/NAME`` for ``serving_default``,
+    or ``SIGNATURE/inputs/NAME`` and ``SIGNATURE/outputs/NAME``.
+
+    Args:
+        path: the file.
+        rtol: relative tolerance of the outputs; None for what a version's file says, or else the default.
+        atol: absolute tolerance, in the same way.
 
     Raises:
         InvalidModelError: if it cannot be read, or an array is called otherwise.
     """
+    given = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
+    examples = _read_stored(path) if _is_stored(path) else _read_own(path)
+    return [replace(one, **given) for one in examples]
+
+
+def _is_stored(path: Path) -> bool:
+    """Returns whether a file has the names of one that ``dump_golden`` made."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError):
+        return False
+    return _INDEX in names and all(name.isdigit() for name in names - {_INDEX})
+
+
+def _read_stored(path: Path) -> list[Golden]:
+    try:
+        return load_golden(read_bounded(path.resolve(), MAX_GOLDEN_BYTES, IntegrityError))
+    except (IntegrityError, OSError) as exc:
+        raise InvalidModelError(f"{shown(str(path))} can't be read: {exc}") from exc
+
+
+def _read_own(path: Path) -> list[Golden]:
     groups: dict[str, dict[str, dict[str, Array]]] = {}
     try:
         if not zipfile.is_zipfile(path):  # numpy would read a lone .npy as well
@@ -150,7 +180,7 @@ def read_npz(path: Path, *, rtol: float, atol: float) -> list[Golden]:
         raise InvalidModelError(f"there is no file {shown(str(path))}") from exc
     except (zipfile.BadZipFile, ValueError, AttributeError, EOFError, OSError) as exc:
         raise InvalidModelError(f"{shown(str(path))} is not a readable .npz of plain arrays") from exc
-    return [Golden(name, group["inputs"], group["outputs"], rtol, atol) for name, group in sorted(groups.items())]
+    return [Golden(name, group["inputs"], group["outputs"]) for name, group in sorted(groups.items())]
 
 
 def _loaded(array: Array) -> Array:

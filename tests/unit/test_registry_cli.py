@@ -101,6 +101,28 @@ def test_golden_examples_of_other_types(run: Run, registry: Registry, tmp_path: 
     assert golden.inputs["s"].tolist() == ["ä".encode(), b"b"]
 
 
+def test_the_golden_examples_of_a_version_are_published_again(run: Run, registry: Registry, tmp_path: Path) -> None:
+    model = write_fake_saved_model(
+        tmp_path / "m", {"f": ({"b": ("bfloat16", [None]), "s": ("string", [None])}, {"y": ("bool", [None])})}
+    )
+    bits = np.array([1.5, -2], ml_dtypes.bfloat16)
+    save(tmp_path / "g.npz", {"f/inputs/b": bits, "f/inputs/s": ["ä", "b"], "f/outputs/y": [True, False]})
+    run("publish", MODEL, model, "--golden", tmp_path / "g.npz", "--rtol", 0.5)
+    stored = registry.path(MODEL, 1) / "golden.npz"
+    (tmp_path / "link.npz").symlink_to(stored)
+    assert document(run("publish", MODEL, model, "--golden", tmp_path / "link.npz", "--json"))["golden"] == 2
+    assert (registry.path(MODEL, 2) / "golden.npz").read_bytes() == stored.read_bytes()
+    run("publish", MODEL, model, "--golden", stored, "--atol", 0.25)
+    (golden,) = registry.golden(MODEL, 3)
+    assert (golden.rtol, golden.atol) == (0.5, 0.25)
+    damaged = bytearray(stored.read_bytes())
+    damaged[damaged.index(b"inputs")] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    said = mistake(run("publish", MODEL, model, "--golden", tmp_path / "damaged.npz"))
+    assert said.endswith("can't be read: golden.npz is damaged")
+    assert registry.versions(MODEL) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
