@@ -27,6 +27,10 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    async def pause(self, seconds: float) -> None:
+        """Passes without anybody's running."""
+        self.now += seconds
+
 
 @dataclass
 class FakeProber:
@@ -55,7 +59,8 @@ class FakeProber:
 
 
 async def _compare(stable: Prober | None, candidate: FakeProber, **options: Any) -> GateResult:
-    settings: dict[str, Any] = {"batched": ["f"], "sizes": (1, 32), "max_ratio": 2.0, "clock": candidate.clock}
+    settings: dict[str, Any] = {"batched": ["f"], "sizes": (1, 32), "max_ratio": 2.0}
+    settings |= {"clock": candidate.clock, "pause": candidate.clock.pause}
     return await compare_speed(stable, candidate, {"f": ROWS}, **(settings | options))
 
 
@@ -82,6 +87,7 @@ async def test_equal_versions_pass_with_all_figures() -> None:
     assert single["pairs"] > 500
     assert {key: single[key] for key in single if key != "pairs"} == {
         "signature": "f",
+        "looks": 1,
         "rows": 1,
         "stable_us_per_row": 220.0,
         "candidate_us_per_row": 220.0,
@@ -116,6 +122,26 @@ async def test_slow_in_batches_alone_is_slow() -> None:
 async def test_wall_or_processor_time_alone_proves_nothing(noise: Noise) -> None:
     clock = Clock()
     assert (await _compare(FakeProber(clock), FakeProber(clock, noise=noise))).outcome is Outcome.PASSED
+
+
+@dataclass
+class Disturbed(FakeProber):
+    """One that something holds up until a moment, in wall and processor time."""
+
+    until_s: float = 0.0
+
+    async def probe(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Probe:
+        factor = 9.0 if self.clock() < self.until_s else 1.0
+        self.noise = lambda _: (factor, factor)
+        return await super().probe(signature, inputs)
+
+
+@pytest.mark.parametrize(("until_s", "looks"), [(0.8, 2), (1.8, 3), (2.8, 4)])
+async def test_what_passes_is_not_the_versions_doing(until_s: float, looks: int) -> None:
+    clock = Clock()
+    result = await _compare(FakeProber(clock), Disturbed(clock, until_s=until_s), sizes=(1,), budget_s=0.5)
+    assert result.outcome is Outcome.PASSED
+    assert _measured(result)[0]["looks"] == looks
 
 
 async def test_what_nobody_feels_is_not_slow() -> None:
