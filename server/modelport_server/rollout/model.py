@@ -375,7 +375,6 @@ class ModelRollout:
                     sizes=probe_sizes(self._options.batch.max_batch_size),
                     max_ratio=self.desired.policy.max_speed_ratio,
                     model=self._name,
-                    model=self._name,
                 )
         except TimeoutError:
             limit_s = self._options.engine.speed_timeout_s
