@@ -16,7 +16,7 @@ from modelport_registry._policy import RolloutPolicy, Step, StepKind, Strategy, 
 from modelport_registry._registry import Registry
 from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
 from modelport_registry._types import GarbageReport, Golden, JournalEntry, Published, State
-from modelport_registry._wait import wait_until_stable
+from modelport_registry._wait import check_server, wait_until_stable
 
 __all__ = [
     "JSON",
@@ -48,6 +48,7 @@ __all__ = [
     "StepKind",
     "Strategy",
     "TensorSpec",
+    "check_server",
     "parse_step",
     "parse_strategy",
     "read_graph",

@@ -110,6 +110,7 @@ def publish(
     waiting = WaitFor.parse(wait, server, wait_timeout)
     lineage = Lineage(data_sha256, _parameters(param or []), code_revision, source)
     metrics = {name: _number(name, text) for name, text in map(_pair, metric or [])}
+    waiting.check(registry, model)
     with _progress(f"publishing {model}") as on_progress:
         result = Registry(registry).publish(
             model,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from modelport.exceptions import RolloutError, VersionRejectedError
+from modelport.exceptions import ModelportError, RolloutError, VersionRejectedError
 from modelport_registry._errors import RegistryError
 from modelport_registry._json import JSON
 
@@ -38,6 +38,21 @@ class WaitFor:
         if timeout_s is not None and not timeout_s > 0:
             raise RegistryError(f"--wait-timeout must be above 0 seconds, not {timeout_s:g}")
         return cls(wait=wait, server=server, timeout_s=timeout_s)
+
+    def check(self, registry: Path, model: str) -> None:
+        """Makes sure that the server to ask, if any, answers and serves the model; before anything is published.
+
+        Raises:
+            RegistryError: if not.
+        """
+        if self._server is None:
+            return
+        from modelport_registry import Registry, check_server
+
+        try:
+            check_server(Registry(registry), model, self._server)
+        except ModelportError as error:
+            raise RegistryError(f"nothing was published: {error}") from error
 
     def outcome(self, registry: Path, model: str, version: int) -> dict[str, JSON]:
         """Waits, and returns what came of it; nothing if waiting was not asked for."""

@@ -139,9 +139,11 @@ def read_npz(path: Path, *, rtol: float | None = None, atol: float | None = None
     Raises:
         InvalidModelError: if it cannot be read, or an array is called otherwise.
     """
-    given = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
     examples = _read_stored(path) if _is_stored(path) else _read_own(path)
-    return [replace(one, **given) for one in examples]
+    return [
+        replace(one, rtol=one.rtol if rtol is None else rtol, atol=one.atol if atol is None else atol)
+        for one in examples
+    ]
 
 
 def _is_stored(path: Path) -> bool:

@@ -1,16 +1,53 @@
-"""Waiting for a version to come into service, by what the registry says alone."""
+"""Waiting for a version to come into service, by what the registry says; and whether a server could say it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
-from modelport.exceptions import RolloutError, RolloutTimeoutError, VersionRejectedError
+from modelport.exceptions import NotFoundError, RolloutError, RolloutTimeoutError, VersionRejectedError
+from modelport.names import shown
 from modelport_registry._registry import Registry
 from modelport_registry._types import State
 from modelport_registry.transitions import STABLE
 
 _POLL_INTERVAL_S = 0.2
+_ANSWER_WITHIN_S = 10.0
+_SEEN_WITHIN_S = 3.0
+"""How long a server may take to see what was published just now."""
+
+
+def check_server(registry: Registry, model: str, server: str) -> None:
+    """Makes sure, before a version is published, that a server will be able to tell how the version fares.
+
+    Args:
+        registry: where the version is going to be published.
+        model: the model's name; the registry need not have it yet.
+        server: the server's address.
+
+    Raises:
+        RpcError: if the server does not answer.
+        RolloutError: if it does not serve the model as the registry has it.
+    """
+    from modelport import Client
+
+    versions = registry.versions(model)
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    with Client(server, timeout_s=_ANSWER_WITHIN_S) as client:
+        while True:
+            try:
+                known = [version.version for version in client.model(model).versions]
+            except NotFoundError:
+                if not versions:
+                    return
+                known = []
+            if not versions or versions[-1] in known:
+                return
+            if time.monotonic() >= deadline:
+                what = f"has no version {versions[-1]} of {model}" if known else f"does not serve {model}"
+                where = shown(str(registry.root.absolute()))
+                raise RolloutError(f"the server at {server} {what}, but {where} has: give the server on that registry")
+            time.sleep(_POLL_INTERVAL_S)
 
 
 def wait_until_stable(

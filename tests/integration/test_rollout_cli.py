@@ -302,11 +302,37 @@ class TestPublishAndWait:
         assert "policy is manual; start it: modelport rollout start m 4" in err.decode()
 
     async def test_by_what_a_server_says(self, registry: Registry) -> None:
-        async with FakeServer(serving=4) as server:
+        async with FakeServer(versions={1, 2, 3, 4}, serving=4) as server:
             process = await self.publish(registry, "--wait", "--server", server.address)
             out, _ = await process.communicate()
         assert process.returncode == 0
         assert "m version 4 is in charge" in out.decode()
+
+    async def test_nothing_is_published_where_nobody_could_say_what_becomes_of_it(self, registry: Registry) -> None:
+        async with FakeServer() as server:
+            stale = await self.publish(registry, "--wait", "--server", server.address)
+            _, stale_said = await stale.communicate()
+            server.name = "other"
+            other = await self.publish(registry, "--wait", "--server", server.address)
+            _, other_said = await other.communicate()
+        gone = await self.publish(registry, "--wait", "--server", server.address)
+        _, gone_said = await gone.communicate()
+        assert (stale.returncode, other.returncode, gone.returncode) == (1, 1, 1)
+        assert registry.versions("m") == [1, 2, 3]
+        for said, text in ((stale_said, "has no version 3 of m"), (other_said, "does not serve m, but")):
+            assert said.decode().startswith(f"error: nothing was published: the server at {server.address} {text}")
+        no_server = f"error: nothing was published: no server answers at {server.address} (connection refused)"
+        assert gone_said.decode().startswith(no_server)
+        assert all(said.count(b"\n") == 1 for said in (stale_said, other_said, gone_said))
+
+    async def test_the_first_version_of_a_model_needs_no_server_that_knows_it(self, registry: Registry) -> None:
+        async with FakeServer(name="other") as server:
+            process = await asyncio.create_subprocess_exec(
+                *MODELPORT, "publish", "new", str(registry.root.parent / "model"), "-r", str(registry.root),
+                "--wait", "--wait-timeout", "0.1", "--server", server.address, stderr=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            _, said = await process.communicate()
+        assert registry.versions("new") == [1], said.decode()
 
     @pytest.mark.parametrize(
         ("arguments", "text"),

@@ -120,6 +120,7 @@ def test_the_public_names_are_these() -> None:
         "StepKind",
         "Strategy",
         "TensorSpec",
+        "check_server",
         "parse_step",
         "parse_strategy",
         "read_graph",

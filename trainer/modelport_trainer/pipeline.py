@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from modelport.exceptions import RolloutError, RpcError
 from modelport.names import is_valid_name, shown
-from modelport_registry import JSON, Published, Registry, RegistryError, wait_until_stable
+from modelport_registry import JSON, Published, Registry, RegistryError, check_server, wait_until_stable
 from modelport_trainer import data, deployment, model, training
 from modelport_trainer.data import DataReport, Dataset, DataSource
 from modelport_trainer.errors import OptionError, TrainerError
@@ -150,8 +151,11 @@ def run_pipeline(
     Raises:
         TrainerError: If a step fails.
         RegistryError: If it cannot be published.
-        RolloutError: If it was waited for, and is rejected or does not come into service.
+        RpcError: If the server to ask does not answer, which is found before anything is done.
+        RolloutError: If that server does not serve the model, or if it was waited for, and is rejected or does not come into service.
     """
+    if publish is not None:
+        _check_server(options.name, publish)
     dataset, found = data.load(options.source)
     options.network.check_fits(dataset.image_shape)
     listener.data_loaded(found)
@@ -236,6 +240,7 @@ def _publish(
         listener.already_published(options.name, version)
         return None
     try:
+        _check_server(options.name, publish)  # it was there when training began
         made = registry.publish(
             options.name,
             run.saved_model,
@@ -248,11 +253,17 @@ def _publish(
             aliases=publish.aliases,
             report=run.report,
         )
-    except RegistryError as error:
+    except (RegistryError, RolloutError, RpcError) as error:
         raise TrainerError(f"{error} (the trained model is kept: go on with --resume)") from error
     run.write_json("published.json", key | {"model": options.name, "version": made.version})
     listener.published(made)
     return made
+
+
+def _check_server(name: str, publish: PublishOptions) -> None:
+    """Makes sure, before anything is done, that the server that is to be asked will be able to answer."""
+    if publish.wait is not None and publish.wait.server is not None:
+        check_server(Registry(publish.registry), name, publish.wait.server)
 
 
 def _published_version(run: RunFolder) -> int:
