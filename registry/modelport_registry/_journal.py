@@ -22,6 +22,8 @@ GENERATION = "new_generation"
 _MAX_DETAILS_BYTES = 48 << 10
 _MAX_REASON = 1000
 """Characters of a reason where a line has to fit: each may take 6 bytes, or 12."""
+_MAX_ACTOR = 200
+"""Characters of who did it, there."""
 MAX_READ_BYTES = 64 << 20
 """A longer journal is read from its end."""
 
@@ -54,13 +56,14 @@ def append(
         reason: why.
         details: anything else.
         actor: who does it; user and machine by default.
-        fit: leave out the largest details of a line that is too long.
+        fit: leave out the largest details of a line that is too long, and the ends of long texts.
 
     Raises:
         RegistryError: if the line is too long, or holds something that JSON has not.
     """
     if fit:
         reason, details = _fitting(reason, details or {})
+        actor = actor and actor[:_MAX_ACTOR]
     line = _line(action, version, reason, details or {}, actor)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -113,11 +116,16 @@ def in_effect(entries: list[JournalEntry], generation: int) -> list[JournalEntry
 def _fitting(reason: str, details: Mapping[str, JSON]) -> tuple[str, Mapping[str, JSON]]:
     """Returns as much as a line has room for: a decision must not fail because there is too much to say of it."""
     kept = dict(details)
-    while len(_dumped(kept)) > _MAX_DETAILS_BYTES:
-        largest = max(kept, key=lambda name: len(_dumped(kept[name])))
-        kept[largest] = None
-        if all(value is None for value in kept.values()):
-            return reason[:_MAX_REASON], {}
+    size = len(_dumped(kept))
+    if size > _MAX_DETAILS_BYTES:
+        sizes = {name: len(_dumped(value)) for name, value in kept.items() if name != GENERATION}
+        for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+            kept[name] = None
+            size -= sizes[name] - len(_dumped(None))
+            if size <= _MAX_DETAILS_BYTES:
+                break
+        else:  # their names alone are too long
+            kept = {name: value for name, value in kept.items() if name == GENERATION}
     return reason[:_MAX_REASON], kept
 
 
