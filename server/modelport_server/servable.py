@@ -228,12 +228,15 @@ class Servable:
         if batch.parts[0].call in self._probes:
             self._on_probe(batch, output)
             return output
+        self._tell(lambda observer: observer.on_batch(batch, output))
+        return output
+
+    def _tell(self, tell: Callable[[Observer], object]) -> None:
         for observer in self.observers:
             try:
-                observer.on_batch(batch, output)
-            except Exception:  # callers have nothing to do with it
-                _log.exception("%s@%d: a batch could not be observed", self.model, self.version)
-        return output
+                tell(observer)
+            except Exception:  # neither callers nor other observers have anything to do with it
+                _log.exception("%s@%d: a call or batch could not be observed", self.model, self.version)
 
     def _on_probe(self, batch: Batch, output: BatchOutput) -> None:
         call = batch.parts[0].call
@@ -324,8 +327,7 @@ class Servable:
     def _on_call_ended(self, call: Call) -> None:
         self._observed.pop(call, None)
         now = monotonic()
-        for observer in self.observers:
-            observer.on_call(call, now)
+        self._tell(lambda observer: observer.on_call(call, now))
 
     def hand_over(self, heir: Servable) -> None:
         """Lets another version answer the calls that name none and of which nothing has run yet."""
