@@ -28,9 +28,10 @@ def candidate(state: State, versions: Iterable[int]) -> int | None:
     """Returns the version that should be rolled out by itself; None if there is none.
 
     It is the highest that was not rejected, if it is above the stable version and no version as high
-    ever was a candidate. Without a stable version it is the highest that was not rejected.
+    ever was a candidate. A watch does not hold it up unless it is paused. Without a stable version it is the
+    highest that was not rejected.
     """
-    under_way = state.rollout is not None and state.rollout.phase is not Phase.WATCH
+    under_way = state.rollout is not None and (state.rollout.phase is not Phase.WATCH or state.rollout.paused)
     if state.pin is not None or state.policy.manual or under_way:
         return None
     highest = max((number for number in versions if number not in state.rejected), default=None)
@@ -65,6 +66,10 @@ def start(
     if state.rollout is not None and state.rollout.phase is not Phase.WATCH:
         raise RegistryError(
             f"version {state.rollout.version} is being rolled out: wait for its end, or roll it back first"
+        )
+    if state.rollout is not None and state.rollout.paused:
+        raise RegistryError(
+            f"the watch of version {state.rollout.version} is paused: let it go on first, with modelport rollout resume"
         )
     if state.rollout is not None:
         state = complete(state, now)

@@ -88,9 +88,11 @@ def _resolve(store: Registry, model: str, text: str) -> int:
 
 
 def _baseline(store: Registry, model: str, number: int, against: str | None) -> int | None:
+    from modelport_registry.transitions import STABLE
+
     if against is not None:
         return _resolve(store, model, against)
-    stable = store.state(model).aliases.get("stable")
+    stable = store.state(model).aliases.get(STABLE)
     return stable if stable != number else None
 
 

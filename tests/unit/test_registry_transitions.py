@@ -121,6 +121,12 @@ class TestStart:
         assert (state.rollout and state.rollout.version, state.rollout and state.rollout.previous) == (3, 2)
         assert state.last == Ended(2, 1, "promoted", "", NOW)
 
+    def test_a_watch_that_is_paused_holds_up_the_next(self) -> None:
+        watched = _candidate(2, 1, Phase.WATCH)
+        assert t.candidate(watched, [1, 2, 3]) == 3
+        assert t.candidate(t.pause(watched), [1, 2, 3]) is None
+        assert t.candidate(t.resume(t.pause(watched)), [1, 2, 3]) == 3
+
     def test_a_long_reason_is_cut(self) -> None:
         state = start(_stable(1), 2, reason="x" * 9999)
         assert state.rollout is not None
@@ -135,6 +141,7 @@ class TestStart:
             (_candidate(2, 1), 3, "version 2 is being rolled out: wait for its end, or roll it back first"),
             (_candidate(2, 1, Phase.STEP), 3, "version 2 is being rolled out"),
             (_candidate(2, 1), 2, "version 2 is being rolled out"),
+            (t.pause(_candidate(2, 1, Phase.WATCH)), 3, "the watch of version 2 is paused: let it go on first"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, state: State, version: int, message: str) -> None:

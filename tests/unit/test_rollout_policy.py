@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from modelport_registry import Ended, Phase, Rejection, Rollout, RolloutPolicy, Step, StepKind, Strategy, transitions
 from modelport_registry import State as Desired
+from modelport_registry.transitions import STABLE
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.lifecycle import COMING, LOADED, State
 from modelport_server.rollout.policy import (
     DECISIONS,
     LAST_CALLS_S,
-    STABLE,
+    LONGEST_WATCH,
     STREAM_END_S,
     Action,
     ModelSnapshot,
@@ -39,8 +40,9 @@ ALIASED = VersionSnapshot(state=A)
 """Loaded before it was a candidate."""
 BAD = Rejection("golden", "off", NOW, "somebody")
 STEPS = (Step(StepKind.CANARY, 0.1, 30.0), Step(StepKind.CANARY, 0.5, 30.0))
-WORSE, FINE, WAITING = (
-    Verdict(kind, "because", {}) for kind in (VerdictKind.WORSE, VerdictKind.FINE, VerdictKind.WAITING)
+WORSE, FINE, WAITING, DOUBTFUL = (
+    Verdict(kind, "because", {})
+    for kind in (VerdictKind.WORSE, VerdictKind.FINE, VerdictKind.WAITING, VerdictKind.DOUBTFUL)
 )
 
 
@@ -81,6 +83,7 @@ def _model(
 IN_GATES = _desired(1, _rollout(2, 1))
 IN_STEP = _desired(1, _rollout(2, 1, Phase.STEP))
 IN_WATCH = _desired(2, _rollout(2, 1, Phase.WATCH))
+PAUSED_WATCH = _desired(2, replace(_rollout(2, 1, Phase.WATCH), paused=True))
 WATCHED_S = RolloutPolicy().watch_s
 WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
 
@@ -116,6 +119,7 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: A, 2: A}, IN_STEP, serving=1, verdict=FINE, phase_age_s=29), None),
         (_model({1: A, 2: A}, IN_STEP, serving=1, verdict=FINE, phase_age_s=30), Action(Verb.ADVANCE, 2)),
         (_model({1: A, 2: A}, IN_STEP, serving=1, verdict=WAITING, phase_age_s=999), None),
+        (_model({1: A, 2: A}, IN_STEP, serving=1, verdict=DOUBTFUL, phase_age_s=999), None),
         (_model({1: A, 2: A}, IN_STEP, serving=1, phase_age_s=999), None),
         (_model({1: A, 2: L}, IN_STEP, serving=1, verdict=FINE, phase_age_s=30), None),
         (_model({1: A, 2: A}, IN_STEP, serving=1, verdict=WORSE), Action(Verb.ROLL_BACK, 2)),
@@ -125,6 +129,14 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: A, 2: A}, IN_WATCH, serving=2, phase_age_s=WATCHED_S - 1), None),
         (_model({1: A, 2: A}, IN_WATCH, serving=2, phase_age_s=WATCHED_S), Action(Verb.COMPLETE, 2)),
         (_model({1: A, 2: A}, IN_WATCH, serving=2, verdict=WORSE), Action(Verb.ROLL_BACK, 2)),
+        (_model({1: A, 2: A}, IN_WATCH, serving=2, verdict=WAITING, phase_age_s=WATCHED_S), Action(Verb.COMPLETE, 2)),
+        (_model({1: A, 2: A}, IN_WATCH, serving=2, verdict=DOUBTFUL, phase_age_s=WATCHED_S), None),
+        (
+            _model({1: A, 2: A}, IN_WATCH, serving=2, verdict=DOUBTFUL, phase_age_s=LONGEST_WATCH * WATCHED_S),
+            Action(Verb.COMPLETE, 2),
+        ),
+        (_model({1: A, 2: A, 3: D}, PAUSED_WATCH, serving=2, verdict=FINE, phase_age_s=999), None),
+        (_model({1: A, 2: A}, PAUSED_WATCH, serving=2, verdict=WORSE), Action(Verb.ROLL_BACK, 2)),
         (_model({1: T, 2: A}, IN_WATCH, serving=2), Action(Verb.LOAD, 1)),
         # the predecessor stays warm for a while
         (_model({1: A, 2: A}, WARM, serving=2, ended_age_s=1.0), None),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from typing import Any, NoReturn, cast
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modelport.tensors import array_bytes, dtype_of
-from modelport_server.rollout.shadow import agreeing_rows, upper_bound
+from modelport_registry import RolloutPolicy
+from modelport_server.batching.calls import Answer, Call
+from modelport_server.errors import InvalidCallError
+from modelport_server.rollout.comparison import Verdict, VerdictKind
+from modelport_server.rollout.shadow import Shadow, agreeing_rows, upper_bound
 from modelport_server.tensors import RawTensor
 
 
@@ -48,6 +56,29 @@ def test_the_bound_lies_above_the_share(rows: int, data: st.DataObject) -> None:
     agreed = data.draw(st.integers(0, rows))
     assert agreed / rows - 1e-9 <= upper_bound(agreed, rows) <= 1.0 + 1e-9
     assert upper_bound(agreed * 4, rows * 4) <= upper_bound(agreed, rows) + 1e-9
+
+
+class Choosy:
+    """A candidate that takes none of the calls that the stable version gets."""
+
+    pid = os.getpid()
+
+    def prepare(self, signature: str, *_: object) -> NoReturn:
+        raise InvalidCallError(f"m has no signature {signature!r}")
+
+
+async def test_a_candidate_that_takes_none_of_the_calls_agrees_in_nothing() -> None:
+    policy = RolloutPolicy()
+    shadow = Shadow(cast("Any", Choosy()), 1.0, policy, lambda: True)
+    answers = asyncio.get_running_loop()
+    for _ in range(20 * policy.min_calls):
+        future: asyncio.Future[Answer] = answers.create_future()
+        future.set_result(Answer(1, (raw([1.0, 2.0]),), 0, 0))
+        shadow.on_call(Call("gone", ("gone",), (), 1, splittable=False, future=future), 0.0)
+        await asyncio.sleep(0)
+    found = shadow.judge(Verdict(VerdictKind.WAITING, "0 of the 100 calls that it takes to tell"))
+    assert found.kind is VerdictKind.WORSE
+    assert "output 'y' agrees in 0.00%" in found.reason
 
 
 def test_without_rows_nothing_is_known() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 from modelport_registry import Phase, Rollout, RolloutPolicy, StepKind
@@ -16,6 +16,7 @@ from modelport_server.rollout.status import Traffic
 from modelport_server.servable import Servable
 
 _LOOK_S = 0.2
+"""How long a verdict holds: less than the time between two looks of the manager, so that each finds a new one."""
 _Key = tuple[str, Phase, int, int | None]
 
 
@@ -56,11 +57,17 @@ def outcome_of(call: Call) -> Outcome | None:
 
 
 class Bake:
-    """Follows one model's rollout from phase to phase."""
+    """Follows one model's rollout from phase to phase.
 
-    def __init__(self) -> None:
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
         self._key: _Key | None = None
-        self._since_s = monotonic()
+        self._since_s = clock()
+        self._paused_at_s: float | None = None
         self._witnesses: dict[int, Witness] = {}
         self._baseline: EvidenceSnapshot | None = None
         self._shadow: Shadow | None = None
@@ -69,8 +76,8 @@ class Bake:
 
     @property
     def age_s(self) -> float:
-        """How long the present phase and step have been seen, in seconds."""
-        return monotonic() - self._since_s
+        """How long the present phase and step have been seen, pauses left out, in seconds."""
+        return (self._clock() if self._paused_at_s is None else self._paused_at_s) - self._since_s
 
     def follow(self, desired: Desired, servables: Mapping[int, Servable]) -> None:
         """Takes in the rollout as it is now and who can answer, and watches those that matter."""
@@ -78,6 +85,7 @@ class Bake:
         key = _key(rollout)
         if key != self._key:
             self._turn(key, rollout)
+        self._pause(paused=rollout is not None and rollout.paused)
         if rollout is None:
             return
         for number in _compared(rollout, desired):
@@ -89,12 +97,21 @@ class Bake:
         """Begins the next phase; a promoted version is compared with what its predecessor did until then."""
         predecessor = self._witnesses.get(rollout.previous) if rollout is not None and rollout.previous else None
         self._baseline = predecessor.snapshot() if predecessor is not None else _kept(rollout)
-        self._key, self._since_s = key, monotonic()
+        self._key, self._since_s, self._paused_at_s = key, self._clock(), None
         self._judged_at_s, self._verdict = float("-inf"), None
         for witness in self._witnesses.values():
             witness.servable.observers = ()
         self._witnesses = {}
         self._shadow = None
+
+    def _pause(self, *, paused: bool) -> None:
+        """Stops the phase's clock, or lets it go on; what is seen meanwhile counts all the same."""
+        now = self._clock()
+        if paused and self._paused_at_s is None:
+            self._paused_at_s = now
+        elif not paused and self._paused_at_s is not None:
+            self._since_s += now - self._paused_at_s
+            self._paused_at_s = None
 
     def _watch(self, servable: Servable) -> None:
         witness = self._witnesses.get(servable.version)
@@ -117,8 +134,8 @@ class Bake:
         rollout = desired.rollout
         if rollout is None or self._key != _key(rollout):
             return None
-        if monotonic() - self._judged_at_s >= _LOOK_S:
-            self._judged_at_s = monotonic()
+        if self._clock() - self._judged_at_s >= _LOOK_S:
+            self._judged_at_s = self._clock()
             self._verdict = self._judge(rollout, desired.policy)
         return self._verdict
 

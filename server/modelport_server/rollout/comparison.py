@@ -30,7 +30,9 @@ class VerdictKind(Enum):
     WORSE = "worse"
     FINE = "fine"
     WAITING = "waiting"
-    """There is too little of it, or it may become worse."""
+    """There is too little of it to tell."""
+    DOUBTFUL = "doubtful"
+    """It may be worse, and it takes more evidence to be sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,9 @@ def compare(
     if why := _too_little(stable, candidate, limits):
         return Verdict(VerdictKind.WAITING, why, figures)
     if signs and _sure(signs[0]) >= math.log(1 / limits.suspicion):
-        return Verdict(VerdictKind.WAITING, f"it may be worse: {signs[0].reason}", {**figures, **_of_sign(signs[0])})
+        return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {signs[0].reason}", {**figures, **_of_sign(signs[0])})
     if why := _more_errors(stable, candidate, limits, concurrent=concurrent):
-        return Verdict(VerdictKind.WAITING, f"it may be worse: {why}", figures)
+        return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {why}", figures)
     return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
 
 

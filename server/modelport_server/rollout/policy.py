@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 
 from modelport_registry import Phase, Rollout, StepKind, transitions
 from modelport_registry import State as Desired
+from modelport_registry.transitions import STABLE
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.lifecycle import COMING, LOADED, State
 
-STABLE = "stable"
 STREAM_END_S = 5.0
 """How long streams that were told to end may take; one whose caller reads nothing never would."""
+LONGEST_WATCH = 5.0
+"""How many times as long a version is watched while it may be worse, and nothing tells for sure."""
 LAST_CALLS_S = 5.0
 """How long a version that was rejected may go on with what it runs; then its callers are told to try again."""
 
@@ -96,7 +98,7 @@ class ModelSnapshot:
     max_beside_stable: int
     pinned_stream_limit_s: float
     phase_age_s: float = 0.0
-    """How long this server has seen the rollout in its present phase and step, in seconds."""
+    """How long this server has seen the rollout in its present phase and step, pauses left out, in seconds."""
     ended_age_s: float = float("inf")
     """How long ago this server saw the last rollout end, in seconds."""
     verdict: Verdict | None = None
@@ -176,8 +178,8 @@ def _judged(snapshot: ModelSnapshot, rollout: Rollout) -> Action | None:
     if rollout.paused:
         return None
     if rollout.phase is Phase.WATCH:
-        over = snapshot.phase_age_s >= snapshot.desired.policy.watch_s
-        return Action(Verb.COMPLETE, rollout.version) if over else None
+        watch_s = snapshot.desired.policy.watch_s * (LONGEST_WATCH if verdict is VerdictKind.DOUBTFUL else 1.0)
+        return Action(Verb.COMPLETE, rollout.version) if snapshot.phase_age_s >= watch_s else None
     if not _has_passed(snapshot, rollout):
         return None
     if rollout.phase is Phase.GATES or (

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from modelport_registry import Phase
 from modelport_registry import State as Desired
+from modelport_registry.transitions import STABLE
 from modelport_server.rollout.bake import Bake
 from modelport_server.rollout.lifecycle import State
-from modelport_server.rollout.policy import STABLE, in_charge
+from modelport_server.rollout.policy import in_charge
 from modelport_server.rollout.status import (
     ModelStatus,
     RolloutStatus,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 
@@ -13,6 +14,7 @@ from modelport.exceptions import ModelportError
 from modelport.tensors import array_from_bytes
 from modelport_registry import JSON, RolloutPolicy
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.errors import InvalidCallError
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.spare import SpareTime
 from modelport_server.servable import Servable
@@ -47,15 +49,22 @@ class Shadow:
         candidate: gets the copies.
         share: of the calls, 0 to 1.
         policy: what counts as agreement.
+        is_idle: returns whether the machine has a core to spare; by default the machine is asked.
     """
 
-    def __init__(self, candidate: Servable, share: float, policy: RolloutPolicy) -> None:
+    def __init__(
+        self,
+        candidate: Servable,
+        share: float,
+        policy: RolloutPolicy,
+        is_idle: Callable[[], bool] | None = None,
+    ) -> None:
         self.candidate = candidate
         self._share = share
         self._policy = policy
         self._owed = 0.0
         self._under_way: set[asyncio.Future[Answer]] = set()
-        self._spare = SpareTime(candidate.pid)
+        self._is_idle = is_idle or SpareTime(candidate.pid).there_is
         self._agreement: dict[str, Agreement] = {}
         self._scheduled = 0
         self._copied = 0
@@ -70,7 +79,7 @@ class Shadow:
         if self._owed < 1 - 1e-9:
             return
         self._owed -= 1
-        if self._scheduled + len(self._under_way) >= _MAX_UNDER_WAY or not self._spare.there_is():
+        if self._scheduled + len(self._under_way) >= _MAX_UNDER_WAY or not self._is_idle():
             self._dropped += 1
             return
         self._scheduled += 1
@@ -85,6 +94,10 @@ class Shadow:
         try:
             copy = self.candidate.prepare(call.signature, call.inputs, (), monotonic() + _PATIENCE_S)
             self.candidate.submit(copy)
+        except InvalidCallError:  # what callers send is not for it
+            self._failed += 1
+            self._compare(answer, {})
+            return
         except ModelportError:
             self._failed += 1
             return
@@ -97,7 +110,9 @@ class Shadow:
         if future.cancelled() or future.exception() is not None:
             self._failed += 1
             return
-        given = {tensor.name: tensor for tensor in future.result().outputs}
+        self._compare(answer, {tensor.name: tensor for tensor in future.result().outputs})
+
+    def _compare(self, answer: Answer, given: Mapping[str, RawTensor]) -> None:
         for tensor in answer.outputs:
             found = self._agreement.setdefault(tensor.name, Agreement())
             rows, agreed = agreeing_rows(tensor, given.get(tensor.name))
@@ -129,7 +144,7 @@ class Shadow:
         if fewest < self._policy.min_calls:
             return VerdictKind.WAITING, f"{fewest} of {self._policy.min_calls} rows compared"
         if any(one.share < least for one in self._agreement.values()):
-            return VerdictKind.WAITING, "too few rows to tell whether the outputs agree"
+            return VerdictKind.DOUBTFUL, "too few rows to tell whether the outputs agree"
         return kind, reason
 
 

@@ -20,11 +20,11 @@ from modelport_registry import (
     StepKind,
     Strategy,
 )
+from modelport_registry.transitions import STABLE
 from modelport_server.errors import InvalidCallError
 from modelport_server.gates.result import GateResult
 from modelport_server.rollout.status import RolloutStatus, RolloutVersion, StepStatus, Traffic
 
-STABLE = "stable"
 _Member = TypeVar("_Member", bound=enum.StrEnum)
 _EXACT_INTEGERS = 2**53
 _POLICY_NUMBERS = (
