@@ -8,8 +8,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequ
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, Unpack
 
+from modelport import progress
+from modelport._models import VersionState
 from modelport._rollout_types import (
     JournalRecord,
+    Rollout,
     RolloutInfo,
     RolloutPolicy,
     RolloutState,
@@ -164,7 +167,13 @@ class AsyncRollouts:
         return [journal_record(entry) for entry in response.entries]
 
     async def wait_for_version(
-        self, model: str, version: int, *, timeout_s: float | None = None, on_progress: Progress | None = None
+        self,
+        model: str,
+        version: int,
+        *,
+        timeout_s: float | None = None,
+        on_progress: Progress | None = None,
+        progress_every_s: float = progress.TELL_EVERY_S,
     ) -> RolloutInfo:
         """Returns as soon as a version is in charge.
 
@@ -173,6 +182,7 @@ class AsyncRollouts:
             version: the version to wait for.
             timeout_s: how long to wait, in seconds; None for as long as it takes.
             on_progress: called with a few words whenever the version has got further.
+            progress_every_s: how often, in seconds, it is called within a phase, with how far that is.
 
         Raises:
             VersionRejectedError: if it is rejected or rolled back, with the gate and the reason.
@@ -180,31 +190,24 @@ class AsyncRollouts:
             RolloutTimeoutError: if none of that has happened in time.
             RpcError: if the server refuses, or can't be reached for as long as retries last.
         """
-        phase = "the server has not answered"
-
-        def tell(status: RolloutInfo) -> None:
-            nonlocal phase
-            before, phase = phase, phase_text(status, version)
-            if on_progress is not None and phase != before:
-                on_progress(phase)
-
+        teller = progress.Teller(on_progress, progress_every_s)
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
-                return await self._in_charge(model, version, tell)
+                return await self._in_charge(model, version, teller)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise RolloutTimeoutError(
-                f"{model} version {version} was not in charge after {timeout_s:g} s: {phase}"
+                f"{model} version {version} was not in charge after {timeout_s:g} s: {teller.text}"
             ) from error
 
-    async def _in_charge(self, model: str, version: int, tell: Callable[[RolloutInfo], None]) -> RolloutInfo:
-        manual = "manual" in (await self.policy(model)).strategy
+    async def _in_charge(self, model: str, version: int, teller: progress.Teller) -> RolloutInfo:
+        policy = await self.policy(model)
         async with aclosing(self._soon_known(model)) as statuses:
             async for status in statuses:
-                in_charge = is_in_charge(status, version, manual=manual)
-                tell(status)
+                in_charge = is_in_charge(status, version, manual="manual" in policy.strategy)
+                teller.tell(phase_text(status, version), figures_text(status, version, policy.min_calls))
                 if in_charge:
                     return status
         raise AssertionError("a watch does not end by itself")
@@ -276,13 +279,38 @@ def phase_text(status: RolloutInfo, version: int) -> str:
     if rollout is None:
         return "it waits for a server to take it up"
     if rollout.version != version:
-        return f"it waits for the rollout of version {rollout.version} to end"
-    paused = ", paused" if rollout.paused else ""
-    if (step := rollout.current) is not None:
-        return (
-            f"step {rollout.step + 1} of {len(rollout.steps)}, {step.kind} {step.share * 100:.4g}% of the calls{paused}"
-        )
-    return f"{rollout.phase}{paused}"
+        return progress.turn_text(rollout.version, watched=rollout.phase == "watch")
+    return f"{_place_text(rollout)}{', paused' if rollout.paused else ''}"
+
+
+def figures_text(status: RolloutInfo, version: int, min_calls: int | None) -> str:
+    """Returns in words how far the rollout under way is within its phase; empty if that is all there is to say.
+
+    Args:
+        status: what a server says.
+        version: the version that is waited for.
+        min_calls: the calls that a step needs; None if that is not known.
+    """
+    rollout, candidate = status.rollout, status.candidate
+    if rollout is None or status.stable == version or (rollout.version == version and rollout.paused):
+        return ""
+    place = [] if rollout.version == version else [f"{_place_text(rollout)}{', paused' if rollout.paused else ''}"]
+    if rollout.phase == "gates" and candidate is not None and candidate.state is not VersionState.AVAILABLE:
+        place.append(candidate.state.value)
+    if rollout.current is None:
+        return ", ".join(place) if rollout.phase == "gates" else ""
+    calls = candidate.traffic.calls if candidate is not None and candidate.traffic is not None else None
+    counted = [] if calls is None else [progress.calls_text(calls, min_calls or 0)]
+    text = ", ".join([*place, *counted, progress.time_text(rollout.phase_age_s, rollout.bake_s)])
+    enough = rollout.phase_age_s >= rollout.bake_s and (calls or 0) >= (min_calls or 0)
+    return f"{text}; {status.verdict}" if enough and status.verdict else text
+
+
+def _place_text(rollout: Rollout) -> str:
+    step = rollout.current
+    if step is None:
+        return rollout.phase
+    return progress.step_text(rollout.step + 1, len(rollout.steps), step.kind, step.share)
 
 
 class Rollouts:
@@ -350,10 +378,20 @@ class Rollouts:
         return self._run(self._rollouts.journal(model, limit=limit, timeout_s=timeout_s))
 
     def wait_for_version(
-        self, model: str, version: int, *, timeout_s: float | None = None, on_progress: Progress | None = None
+        self,
+        model: str,
+        version: int,
+        *,
+        timeout_s: float | None = None,
+        on_progress: Progress | None = None,
+        progress_every_s: float = progress.TELL_EVERY_S,
     ) -> RolloutInfo:
         """Returns as soon as a version is in charge; see ``AsyncRollouts.wait_for_version``."""
-        return self._run(self._rollouts.wait_for_version(model, version, timeout_s=timeout_s, on_progress=on_progress))
+        return self._run(
+            self._rollouts.wait_for_version(
+                model, version, timeout_s=timeout_s, on_progress=on_progress, progress_every_s=progress_every_s
+            )
+        )
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._loop.run(coroutine)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import typer
 
+from modelport import progress
 from modelport.exceptions import ModelportError, RolloutError, VersionRejectedError
 from modelport_registry._errors import RegistryError
 from modelport_registry._json import JSON
+
+_REDRAW_EVERY_S = 1.0
 
 
 class WaitFor:
@@ -74,15 +79,32 @@ class WaitFor:
             raise self._failure
 
     def _until_stable(self, registry: Path, model: str, version: int) -> None:
-        def tell(phase: str) -> None:
-            typer.echo(f"{model} version {version}: {phase}", err=True)
+        with _shown(f"{model} version {version}") as (tell, every_s):
+            if self._server is None:
+                from modelport_registry import Registry, wait_until_stable
 
-        if self._server is None:
-            from modelport_registry import Registry, wait_until_stable
+                wait_until_stable(
+                    Registry(registry), model, version,
+                    timeout_s=self._timeout_s, on_progress=tell, progress_every_s=every_s,
+                )  # fmt: skip
+                return
+            from modelport import Client
 
-            wait_until_stable(Registry(registry), model, version, timeout_s=self._timeout_s, on_progress=tell)
-            return
-        from modelport import Client
+            with Client(self._server) as client:
+                client.rollouts.wait_for_version(
+                    model, version, timeout_s=self._timeout_s, on_progress=tell, progress_every_s=every_s
+                )
 
-        with Client(self._server) as client:
-            client.rollouts.wait_for_version(model, version, timeout_s=self._timeout_s, on_progress=tell)
+
+@contextlib.contextmanager
+def _shown(what: str) -> Generator[tuple[Callable[[str], None], float]]:
+    """Shows how far it is, in one line on a terminal and in a line each elsewhere; and how often, in seconds."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: typer.echo(f"{what}: {text}", err=True), progress.TELL_EVERY_S
+        return
+    with console.status(Text(what)) as status:
+        yield lambda text: status.update(Text(f"{what}: {text}")), _REDRAW_EVERY_S

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from modelport import progress
 from modelport.exceptions import NotFoundError, RolloutError, RolloutTimeoutError, VersionRejectedError
 from modelport.names import shown
 from modelport_registry._registry import Registry
+from modelport_registry._rollout import Phase, Rollout
 from modelport_registry._types import State
 from modelport_registry.transitions import STABLE
 
@@ -57,6 +59,7 @@ def wait_until_stable(
     *,
     timeout_s: float | None = None,
     on_progress: Callable[[str], None] | None = None,
+    progress_every_s: float = progress.TELL_EVERY_S,
 ) -> State:
     """Returns as soon as a version is in charge; servers on the same registry bring it there.
 
@@ -66,6 +69,7 @@ def wait_until_stable(
         version: the version to wait for.
         timeout_s: how long to wait, in seconds; None for as long as it takes.
         on_progress: called with a few words whenever the version has got further.
+        progress_every_s: how often, in seconds, it is called within a phase, with how far that is.
 
     Returns:
         The model's desired state by then.
@@ -77,19 +81,19 @@ def wait_until_stable(
         RolloutTimeoutError: if none of that has happened in time.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    told = ""
+    teller = progress.Teller(on_progress, progress_every_s)
     while True:
         registry.resolve(model, version=version)
         state = registry.state(model)
         stable = is_stable(model, version, state, registry.versions(model))
         phase = phase_text(state, version)
-        if on_progress is not None and phase != told:
-            on_progress(phase)
-        told = phase
+        teller.tell(phase, figures_text(model, state, version, teller.phase_age_s(phase)))
         if stable:
             return state
         if deadline is not None and time.monotonic() >= deadline:
-            raise RolloutTimeoutError(f"{model} version {version} was not in charge after {timeout_s:g} s: {phase}")
+            raise RolloutTimeoutError(
+                f"{model} version {version} was not in charge after {timeout_s:g} s: {teller.text}"
+            )
         time.sleep(_POLL_INTERVAL_S)
 
 
@@ -123,12 +127,37 @@ def phase_text(state: State, version: int) -> str:
     if rollout is None:
         return "it waits for a server to take it up"
     if rollout.version != version:
-        return f"it waits for the rollout of version {rollout.version} to end"
-    paused = ", paused" if rollout.paused else ""
-    if (step := rollout.current) is not None:
-        where = f"step {rollout.step + 1} of {len(rollout.steps)}"
-        return f"{where}, {step.kind.value} {step.share * 100:.4g}% of the calls for {step.bake_s:g} s{paused}"
-    return f"{rollout.phase.value}{paused}"
+        return progress.turn_text(rollout.version, watched=rollout.phase is Phase.WATCH)
+    return _place_text(rollout)
+
+
+def figures_text(model: str, state: State, version: int, age_s: float) -> str:
+    """Returns in words how far the rollout under way is within its phase, as far as the registry knows it.
+
+    Args:
+        model: the model's name.
+        state: what the registry asks for.
+        version: the version that is waited for.
+        age_s: how long it has been seen in this phase, in seconds.
+    """
+    rollout = state.rollout
+    if rollout is None or rollout.phase is Phase.WATCH:
+        return ""
+    if rollout.version != version:
+        return _place_text(rollout)
+    if rollout.current is None or rollout.paused:
+        return ""
+    text = progress.time_text(age_s, rollout.current.bake_s)
+    return (
+        text if age_s < rollout.current.bake_s else f"{text}; for what it lacks, see: modelport rollout status {model}"
+    )
+
+
+def _place_text(rollout: Rollout) -> str:
+    step, paused = rollout.current, ", paused" if rollout.paused else ""
+    if step is None:
+        return f"{rollout.phase.value}{paused}"
+    return progress.step_text(rollout.step + 1, len(rollout.steps), step.kind.value, step.share) + paused
 
 
 def _hopeless(model: str, version: int, state: State, versions: Sequence[int]) -> str | None:

@@ -308,6 +308,49 @@ class TestPublishAndWait:
         assert process.returncode == 0
         assert "m version 4 is in charge" in out.decode()
 
+    @staticmethod
+    def first_step() -> pb.RolloutStatus:
+        """The rollout of version 4, which has had 34 calls in 3 seconds."""
+        status = canary()
+        status.rollout.version = status.versions[1].version = 4
+        status.versions[1].traffic.calls = 34
+        return status
+
+    async def test_how_far_a_step_is(self, registry: Registry) -> None:
+        rules = pb.RolloutPolicy(min_calls=100)
+        async with FakeServer(versions={1, 2, 3, 4}, rollout=self.first_step(), policy=rules) as server:
+            process = await self.publish(registry, "--wait", "--server", server.address)
+            assert process.stderr is not None
+            text = b"m version 4: step 1 of 2 (canary 10%): 34 of 100 calls, 3 s of 60 s\n"
+            while (said := await process.stderr.readline()) != text:
+                assert said, "it ended"
+            server.rollout, server.serving = None, 4
+            await server.model_changed()
+            assert await process.stderr.readline() == b"m version 4: it is in charge\n"
+            assert await process.wait() == 0
+
+    async def test_how_far_a_step_is_on_a_terminal(self, registry: Registry) -> None:
+        terminal, other_end = pty.openpty()
+        environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm-256color"}
+        rules = pb.RolloutPolicy(min_calls=100)
+        try:
+            async with FakeServer(versions={1, 2, 3, 4}, rollout=self.first_step(), policy=rules) as server:
+                process = await asyncio.create_subprocess_exec(
+                    *MODELPORT, "publish", "m", str(registry.root.parent / "model"), "-r", str(registry.root),
+                    "--wait", "--server", server.address,
+                    stdin=other_end, stdout=other_end, stderr=other_end, env=environment,
+                )  # fmt: skip
+                os.close(other_end)
+                await asyncio.to_thread(read_until, terminal, "34 of 100 calls, 3 s of 60 s")
+                server.rollout, server.serving = None, 4
+                await server.model_changed()
+                await asyncio.to_thread(read_until, terminal, "m version 4 is in charge")
+                rest = asyncio.create_task(asyncio.to_thread(read_until, terminal, None))
+                assert await process.wait() == 0
+                await rest
+        finally:
+            os.close(terminal)
+
     async def test_nothing_is_published_where_nobody_could_say_what_becomes_of_it(self, registry: Registry) -> None:
         async with FakeServer() as server:
             stale = await self.publish(registry, "--wait", "--server", server.address)

@@ -20,6 +20,9 @@ from modelport import (
     VersionRejectedError,
     VersionState,
 )
+from modelport._rollout_types import rollout_info
+from modelport._rollouts import figures_text, phase_text
+from modelport.progress import Teller
 from modelport.v1 import model_pb2
 from modelport.v1 import rollout_pb2 as pb
 from tests.support.fake_server import FakeServer
@@ -187,7 +190,7 @@ async def test_waiting_ends_when_the_version_is_in_charge() -> None:
     async with server, AsyncClient(server.address) as client:
         info = await client.rollouts.wait_for_version("m", 2, timeout_s=30, on_progress=on_progress)
     assert info.stable == 2
-    assert told == ["step 1 of 2, canary 10% of the calls", "it is in charge"]
+    assert told == ["step 1 of 2 (canary 10%): 3 s of 60 s", "it is in charge"]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,73 @@ async def test_waiting_in_vain_ends_with_why(status: pb.RolloutStatus, policy: s
             await client.rollouts.wait_for_version("m", 2, timeout_s=30)
     assert isinstance(caught.value, VersionRejectedError) == bool(status.rejected)
     assert "\n" not in str(caught.value)
+
+
+def step(calls: int | None, age_s: float, verdict: str = "", **fields: Any) -> pb.RolloutStatus:
+    """Version 2 is in the first of two steps."""
+    status = canary()
+    status.verdict = verdict
+    status.rollout.MergeFrom(pb.Rollout(**fields))
+    status.rollout.phase_age_s = age_s
+    if calls is not None:
+        status.versions[1].traffic.calls = calls
+    return status
+
+
+def gates(state: model_pb2.ModelVersion.State.ValueType) -> pb.RolloutStatus:
+    status = canary()
+    status.rollout.phase = pb.PHASE_GATES
+    status.versions[1].state = state
+    return status
+
+
+def watch() -> pb.RolloutStatus:
+    status = canary()
+    status.rollout.phase = pb.PHASE_WATCH
+    status.stable_version = 2
+    return status
+
+
+@pytest.mark.parametrize(
+    ("status", "version", "text"),
+    [
+        (step(34, 20.4), 2, "step 1 of 2 (canary 10%): 34 of 100 calls, 20 s of 60 s"),
+        (step(34, 61), 2, "step 1 of 2 (canary 10%): 34 of 100 calls, 60 s are over"),
+        (step(1034, 20, "fine"), 2, "step 1 of 2 (canary 10%): 1,034 calls, 20 s of 60 s"),
+        (step(134, 61, "it may be worse"), 2, "step 1 of 2 (canary 10%): 134 calls, 60 s are over; it may be worse"),
+        (step(None, 0), 2, "step 1 of 2 (canary 10%): 0 s of 60 s"),
+        (step(34, 20, paused=True), 2, "step 1 of 2 (canary 10%), paused"),
+        (gates(model_pb2.ModelVersion.STATE_LOADING), 2, "gates: loading"),
+        (gates(model_pb2.ModelVersion.STATE_AVAILABLE), 2, "gates"),
+        (
+            step(34, 20), 3,
+            "it waits for the rollout of version 2 to end: step 1 of 2 (canary 10%), 34 of 100 calls, 20 s of 60 s",
+        ),
+        (
+            gates(model_pb2.ModelVersion.STATE_WARMING), 3,
+            "it waits for the rollout of version 2 to end: gates, warming",
+        ),
+        (watch(), 3, "version 2 has just taken over and is watched; a server takes this one up next"),
+        (watch(), 2, "it is in charge"),
+    ],
+)  # fmt: skip
+def test_how_far_it_is_in_words(status: pb.RolloutStatus, version: int, text: str) -> None:
+    info = rollout_info(status)
+    teller = Teller(None, 5.0)
+    teller.tell(phase_text(info, version), figures_text(info, version, min_calls=100))
+    assert teller.text == text
+
+
+def test_figures_are_told_now_and_then_and_phases_at_once() -> None:
+    often: list[str] = []
+    seldom: list[str] = []
+    for told, every_s in ((often, 0.0), (seldom, 3600.0)):
+        teller = Teller(told.append, every_s)
+        for phase, figures in (("a", "1"), ("a", "2"), ("a", "2"), ("b", "1"), ("b", ""), ("c", "")):
+            teller.tell(phase, figures)
+        assert teller.text == "c"
+    assert often == ["a: 1", "a: 2", "b: 1", "b", "c"]
+    assert seldom == ["a: 1", "b: 1", "c"]
 
 
 @pytest.mark.parametrize("waits", [canary(), pb.RolloutStatus(model="m", stable_version=1)])

@@ -18,6 +18,7 @@ from modelport_registry import (
     RolloutPolicy,
     State,
     Strategy,
+    parse_step,
     transitions,
     wait_until_stable,
 )
@@ -68,11 +69,48 @@ def test_follows_a_version_until_it_is_in_charge(registry: Registry) -> None:
         "gates",
         "gates, paused",
         "gates",
-        "step 1 of 4, shadow 100% of the calls for 60 s",
-        "step 2 of 4, canary 1% of the calls for 60 s",
-        "step 3 of 4, canary 10% of the calls for 60 s",
-        "step 4 of 4, canary 50% of the calls for 60 s",
+        "step 1 of 4 (shadow 100%): 0 s of 60 s",
+        "step 2 of 4 (canary 1%): 0 s of 60 s",
+        "step 3 of 4 (canary 10%): 0 s of 60 s",
+        "step 4 of 4 (canary 50%): 0 s of 60 s",
         "it is in charge",
+    ]
+
+
+def test_says_how_long_a_step_has_lasted_and_where_its_figures_are(registry: Registry) -> None:
+    registry.set_policy("m", RolloutPolicy(strategy=(Strategy.CANARY,), canary_steps=(parse_step("1%:1s"),)))
+    for change in (started(2), advanced):
+        registry.change("m", change, action="test")
+    told: list[str] = []
+
+    def on_progress(text: str) -> None:
+        told.append(text)
+        if "are over" in text:
+            registry.change("m", advanced, action="test")
+
+    wait_until_stable(registry, "m", 2, timeout_s=60, on_progress=on_progress, progress_every_s=0.0)
+    assert told[0] == "step 1 of 1 (canary 1%): 0 s of 1 s"
+    assert told[-2] == "step 1 of 1 (canary 1%): 1 s are over; for what it lacks, see: modelport rollout status m"
+
+
+def test_says_whose_turn_it_is(registry: Registry) -> None:
+    registry.set_policy("m", RolloutPolicy(strategy=(Strategy.CANARY,)))
+    told: list[str] = []
+    changes: list[Change] = [advanced, transitions.pause, transitions.promote, started(3), *[advanced] * 4]
+    registry.change("m", started(2), action="test")
+
+    def on_progress(text: str) -> None:
+        told.append(text)
+        if changes:
+            registry.change("m", changes.pop(0), action="test")
+
+    wait_until_stable(registry, "m", 3, timeout_s=60, on_progress=on_progress, progress_every_s=0.0)
+    waits = "it waits for the rollout of version 2 to end: "
+    assert told[:4] == [
+        f"{waits}gates",
+        f"{waits}step 1 of 3 (canary 1%)",
+        f"{waits}step 1 of 3 (canary 1%), paused",
+        "version 2 has just taken over and is watched; a server takes this one up next",
     ]
 
 

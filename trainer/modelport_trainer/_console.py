@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from modelport_registry import Published
@@ -31,9 +33,13 @@ class ConsoleListener:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._epochs = 0
+        self._status: Status | None = None
 
     def close(self) -> None:
-        """Takes a half-drawn progress bar away."""
+        """Takes away what is drawn of something that is under way."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -116,8 +122,15 @@ class ConsoleListener:
         self._out.print(f"already published as {name}/{version}")
 
     def waiting(self, name: str, version: int, phase: str) -> None:
-        """Prints how far the version has got."""
-        self._err.print(f"{name}/{version}: {phase}", soft_wrap=True)
+        """Shows how far the version has got: in one line on a terminal, in a line each elsewhere."""
+        text = Text(f"{name}/{version}: {phase}")
+        if not self._err.is_terminal:
+            self._err.print(text, soft_wrap=True)
+        elif self._status is None:
+            self._status = self._err.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
 
 
 def data_table(report: DataReport) -> Table:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from modelport.progress import TELL_EVERY_S
 
 if TYPE_CHECKING:
     from modelport_trainer._published import Answers
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 _PANEL = "Train"
 _INTERRUPTED = 130
+_REDRAW_EVERY_S = 1.0
 
 
 _Loss = Literal["crossentropy", "focal", "mse"]
@@ -243,7 +247,8 @@ def _wait_options(wait: bool, server: str | None, timeout_s: float | None) -> Wa
     from modelport_trainer.pipeline import WaitOptions
 
     if wait:
-        return WaitOptions(server=server, timeout_s=timeout_s)
+        every_s = _REDRAW_EVERY_S if sys.stderr.isatty() else TELL_EVERY_S
+        return WaitOptions(server=server, timeout_s=timeout_s, progress_every_s=every_s)
     if server is not None or timeout_s is not None:
         raise OptionError("--server and --wait-timeout go with --publish --wait")
     return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from modelport.exceptions import RolloutError, RpcError
 from modelport.names import is_valid_name, shown
+from modelport.progress import TELL_EVERY_S
 from modelport_registry import JSON, Published, Registry, RegistryError, check_server, wait_until_stable
 from modelport_trainer import data, deployment, model, training
 from modelport_trainer.data import DataReport, Dataset, DataSource
@@ -30,6 +31,8 @@ class WaitOptions:
     """Ask the server at this address; None, the default, goes by what the registry says alone."""
     timeout_s: float | None = None
     """How long to wait, in seconds; None, the default, means for as long as it takes."""
+    progress_every_s: float = TELL_EVERY_S
+    """How often the listener is told how far a step is, in seconds. Default 5."""
 
     def __post_init__(self) -> None:
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -125,7 +128,7 @@ class Listener(TrainingListener, Protocol):
         ...
 
     def waiting(self, name: str, version: int, phase: str) -> None:
-        """The published version has got as far as ``phase`` says."""
+        """The published version has got as far as ``phase`` says, on its way into service."""
         ...
 
 
@@ -152,7 +155,8 @@ def run_pipeline(
         TrainerError: If a step fails.
         RegistryError: If it cannot be published.
         RpcError: If the server to ask does not answer, which is found before anything is done.
-        RolloutError: If that server does not serve the model, or if it was waited for, and is rejected or does not come into service.
+        RolloutError: If that server does not serve the model; or if the version was waited for, and is rejected
+            or does not come into service.
     """
     if publish is not None:
         _check_server(options.name, publish)
@@ -273,17 +277,24 @@ def _published_version(run: RunFolder) -> int:
     return int(published["version"])
 
 
+class _How(TypedDict):
+    timeout_s: float | None
+    on_progress: Callable[[str], None]
+    progress_every_s: float
+
+
 def _wait(name: str, version: int, publish: PublishOptions, wait: WaitOptions, listener: Listener) -> None:
     def tell(phase: str) -> None:
         listener.waiting(name, version, phase)
 
+    how: _How = {"timeout_s": wait.timeout_s, "on_progress": tell, "progress_every_s": wait.progress_every_s}
     if wait.server is None:
-        wait_until_stable(Registry(publish.registry), name, version, timeout_s=wait.timeout_s, on_progress=tell)
+        wait_until_stable(Registry(publish.registry), name, version, **how)
         return
     from modelport import Client
 
     with Client(wait.server) as client:
-        client.rollouts.wait_for_version(name, version, timeout_s=wait.timeout_s, on_progress=tell)
+        client.rollouts.wait_for_version(name, version, **how)
 
 
 def _version_before(registry: Registry, name: str, run: RunFolder, key: Mapping[str, Any]) -> int | None:
