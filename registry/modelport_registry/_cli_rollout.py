@@ -236,12 +236,12 @@ def status(
 
         modelport rollout status mnist --json --registry models
     """
-    with _statuses(model, server, registry) as statuses:
+    with _source(model, server, registry) as source:
         if not watch:
-            found = next(statuses)
+            found = next(source.statuses)
             _print_json(_document(found)) if as_json else _draw(found)
             return
-        outcome = _follow(statuses, _show_json if as_json else _show)
+        outcome = _follow(source, _show_json if as_json else _show)
     if outcome != "promoted":
         raise typer.Exit(1)
 
@@ -271,26 +271,37 @@ def _change(
 
 def _sentence(model: str, state: RolloutState) -> str:
     stable = f"version {state.stable} is in charge" if state.stable else "no version is in charge yet"
-    if state.candidate is not None:
-        what = f"step {state.step + 1}" if state.phase == "step" else state.phase
-        rollout = f"; version {state.candidate} is the candidate, {what}{', paused' if state.paused else ''}"
-        stable = stable if state.candidate != state.stable else f"{stable}, and watched"
-        rollout = rollout if state.candidate != state.stable else ""
-    else:
+    paused = ", paused" if state.paused else ""
+    if state.candidate is None:
         rollout = "; no rollout is under way"
+    elif state.candidate == state.stable:
+        rollout = f", and watched{paused}"
+    else:
+        what = f"step {state.step + 1}" if state.phase == "step" else state.phase
+        rollout = f"; version {state.candidate} is the candidate, {what}{paused}"
     pinned = f"; pinned to version {state.pinned}" if state.pinned else ""
     return f"{model}: {stable}{rollout}{pinned}"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a model's statuses come from."""
+
+    statuses: Iterator[RolloutInfo]
+    is_manual: Callable[[], bool]
+    """Says whether versions become candidates by name only."""
+
+
 @contextlib.contextmanager
-def _statuses(model: str, server: str, registry: Path | None) -> Generator[Iterator[RolloutInfo]]:
+def _source(model: str, server: str, registry: Path | None) -> Generator[_Source]:
     if registry is not None:
-        yield _looks(_store(registry, model), model)
+        store = _store(registry, model)
+        yield _Source(_looks(store, model), lambda: store.state(model).policy.manual)
         return
     from modelport import Client
 
     with Client(server) as client, contextlib.closing(client.rollouts.watch(model)) as statuses:
-        yield statuses
+        yield _Source(statuses, lambda: "manual" in client.rollouts.policy(model).strategy)
 
 
 def _looks(store: Registry, model: str) -> Iterator[RolloutInfo]:
@@ -308,7 +319,7 @@ def _store(root: Path, model: str) -> Registry:
     return store
 
 
-def _follow(statuses: Iterator[RolloutInfo], show: Callable[[Iterator[RolloutInfo]], None]) -> str:
+def _follow(source: _Source, show: Callable[[Iterator[RolloutInfo]], None]) -> str:
     """Shows statuses until a rollout that was under way has ended, and no other followed; returns how it did."""
     ends: list[str] = []
 
@@ -316,7 +327,9 @@ def _follow(statuses: Iterator[RolloutInfo], show: Callable[[Iterator[RolloutInf
         from modelport_registry._cli_rollout_view import outcome
 
         watched: int | None = None
-        for found in statuses:
+        for number, found in enumerate(source.statuses):
+            if number == 0 and found.rollout is None:
+                typer.echo(_waiting(found, manual=source.is_manual()), err=True)
             yield found
             end = None if watched is None else outcome(found, watched)
             if end is not None and found.rollout is None:
@@ -326,6 +339,18 @@ def _follow(statuses: Iterator[RolloutInfo], show: Callable[[Iterator[RolloutInf
 
     show(until_ended())
     return ends[0]
+
+
+def _waiting(found: RolloutInfo, *, manual: bool) -> str:
+    """Returns that a rollout is waited for, and what would begin one."""
+    start = f"modelport rollout start {found.model} VERSION"
+    if found.pinned is not None:
+        begins = f"version {found.pinned} is pinned, so take the pin off first: modelport pin {found.model} --remove"
+    elif manual:
+        begins = f"the model's policy is manual, so begin it with: {start}"
+    else:
+        begins = f"it begins when a newer version is published, or with: {start}"
+    return f"waiting for a rollout of {found.model}; {begins}"
 
 
 def _show(statuses: Iterator[RolloutInfo]) -> None:

@@ -61,6 +61,9 @@ async def test_a_rollout_by_the_registry_alone(rollout: Run, registry: Registry)
     assert "canary 1%" in picture.out
     document = json.loads((await rollout("promote", "m", "--json")).out)
     assert (document["stable"], document["phase"], document["model"]) == (2, "watch", "m")
+    assert (await rollout("pause", "m")).out == "m: version 2 is in charge, and watched, paused\n"
+    assert "is in charge, and watched  paused" in (await rollout("status", "m")).out
+    assert (await rollout("resume", "m")).out == "m: version 2 is in charge, and watched\n"
     assert (await rollout("rollback", "m", "--reason", "complaints")).out == (
         "m: version 1 is in charge; no rollout is under way\n"
     )
@@ -198,12 +201,24 @@ async def test_a_watch_goes_on_with_the_version_that_replaces_another() -> None:
         assert await process.wait() == 0
 
 
-async def test_a_watch_waits_for_a_rollout_until_it_is_interrupted() -> None:
-    async with FakeServer() as server:
+@pytest.mark.parametrize(
+    ("pinned", "strategy", "begins"),
+    [
+        (0, "CANARY", "it begins when a newer version is published, or with: modelport rollout start m VERSION"),
+        (0, "MANUAL", "the model's policy is manual, so begin it with: modelport rollout start m VERSION"),
+        (1, "CANARY", "version 1 is pinned, so take the pin off first: modelport pin m --remove"),
+    ],
+)
+async def test_a_watch_waits_for_a_rollout_until_it_is_interrupted(pinned: int, strategy: str, begins: str) -> None:
+    rollout = pb.RolloutStatus(model="m", stable_version=1, pinned_version=pinned)
+    policy = pb.RolloutPolicy(strategy=[pb.Strategy.Value(f"STRATEGY_{strategy}")])
+    async with FakeServer(rollout=rollout, policy=policy) as server:
         process = await started(server)
-        assert await line(process) == "m: version 1 is in charge"
+        assert (await line(process)).startswith("m: version 1 is in charge")
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 130
+        assert process.stderr is not None
+        assert await process.stderr.read() == f"waiting for a rollout of m; {begins}\n".encode()
 
 
 async def test_the_live_picture_on_a_terminal() -> None:
@@ -252,7 +267,9 @@ def read_some(terminal: int) -> str:
 
 async def started(server: FakeServer, *arguments: str) -> asyncio.subprocess.Process:
     command = [*MODELPORT, "rollout", "status", "m", "--watch", "-s", server.address, *arguments]
-    return await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    return await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
 
 
 async def line(process: asyncio.subprocess.Process) -> str:
