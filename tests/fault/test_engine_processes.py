@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -21,7 +23,7 @@ import pytest_asyncio
 from modelport_registry import Registry
 from modelport_server.engines import spawner as spawners
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError
-from modelport_server.engines.spawner import Spawner
+from modelport_server.engines.spawner import Child, Spawner
 from modelport_server.gates.result import GATES, Outcome
 from modelport_server.options import MIB, BatchLimits, EngineLimits
 from modelport_server.servable import Servable
@@ -33,6 +35,24 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 GOOD = "good"
 LARGEST = 128
 LOADED_GATES = GATES[:-1]
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adopting() -> Generator[None]:
+    """Takes back what spawners do to the process of the tests: it adopts nobody's children after these."""
+    there = _children()
+    yield
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    left = _children() - there
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not left
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +237,12 @@ async def test_nothing_is_left_of_a_load_that_is_cancelled_while_it_is_forked(ro
     await engine.stop()
     zygote.resume()
     async with _loaded(root, spawner) as (after, _):
-        children = {child.pid for child in psutil.Process().children()}
-        assert children == {zygote.pid, after.pid}
+        assert _children() == {zygote.pid, after.pid}
 
 
 def _belongings() -> tuple[int, set[int], int, int]:
     me = psutil.Process()
-    return me.num_fds(), {child.pid for child in me.children()}, len(list(Path("/dev/shm").iterdir())), me.num_threads()
+    return me.num_fds(), _children(), len(list(Path("/dev/shm").iterdir())), me.num_threads()
 
 
 async def test_fifty_engines_leave_everything_as_it_was(root: Path, spawner: Spawner) -> None:
@@ -272,6 +291,201 @@ async def test_a_zygote_that_hangs_holds_up_no_load(root: Path, monkeypatch: pyt
 
 
 @pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes zygotes without TensorFlow, see ``tests.support.dying_zygote``; returns the file of what is forked."""
+
+    def make(who: str) -> Path:
+        path = tmp_path / "engine"
+
+        def run(
+            module: str, arguments: list[int], fds: list[int], environment: dict[str, str]
+        ) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "tests.support.dying_zygote", who, str(path), *map(str, arguments)]
+            return subprocess.Popen(command, pass_fds=fds, env={**os.environ, **environment}, process_group=0)
+
+        monkeypatch.setattr(spawners, "_run_module", run)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def channel() -> Generator[tuple[socket.socket, socket.socket]]:
+    """The front's end of an engine's socket pair, and the engine's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def _run(program: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+
+
+@pytest.mark.parametrize("who", ["zygote", "between"])
+async def test_an_engine_process_that_the_front_does_not_hear_of_is_ended_and_waited_for(
+    light: Callable[[str], Path], channel: tuple[socket.socket, socket.socket], who: str
+) -> None:
+    before, file = _children(), light(who)
+    async with _started() as spawner:
+        assert await spawner.fork([channel[1].fileno()]) is None
+    assert not psutil.pid_exists(int(file.read_text()))
+    assert _children() == before
+
+
+async def test_what_is_known_outlives_the_zygote_and_keeps_its_exit_status(
+    light: Callable[[str], Path], channel: tuple[socket.socket, socket.socket]
+) -> None:
+    light("nobody")
+    with _run("import sys; sys.exit(3)") as other:
+        async with _started() as spawner:
+            lives, dies = [await spawner.fork([channel[1].fileno()]) for _ in range(2)]
+            assert lives is not None
+            assert dies is not None
+            os.kill(dies.pid, signal.SIGKILL)
+            await asyncio.to_thread(wait_for, lambda: not _lives(dies.pid), "the engine to end")
+    assert (lives.poll(), dies.wait(), other.returncode) == (None, -signal.SIGKILL, 3)
+    lives.kill()
+    assert lives.wait() == -signal.SIGKILL
+
+
+async def test_an_engine_process_ends_when_nobody_is_at_the_other_end(
+    light: Callable[[str], Path], channel: tuple[socket.socket, socket.socket]
+) -> None:
+    light("nobody")
+    async with _started() as spawner:
+        engine = await spawner.fork([channel[1].fileno()])
+        assert engine is not None
+        for end in channel:
+            end.close()
+        assert await asyncio.to_thread(engine.wait) == 0
+
+
+async def test_an_engine_process_that_somebody_else_waited_for_has_ended(
+    light: Callable[[str], Path], channel: tuple[socket.socket, socket.socket]
+) -> None:
+    light("nobody")
+    async with _started() as spawner:
+        engine = await spawner.fork([channel[1].fileno()])
+        assert engine is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await asyncio.to_thread(os.waitpid, engine.pid, 0)
+        engine.kill()
+        assert engine.wait() == 0
+
+
+async def test_what_an_engine_process_started_ends_with_it(spawner: Spawner) -> None:
+    before = _children()
+    with _run("import subprocess; print(subprocess.Popen(['sleep', 'infinity']).pid)") as leader:
+        assert leader.stdout is not None
+        grandchild = int(leader.stdout.readline())
+    assert psutil.Process(grandchild).ppid() == os.getpid()
+    await asyncio.to_thread(spawners.end_group, leader.pid)
+    assert not psutil.pid_exists(grandchild)
+    assert _children() == before
+    spawners.end_group(leader.pid)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a socket pair take a few packets only before it has to be waited for."""
+    make = socket.socketpair
+
+    def small(*arguments: Any) -> tuple[socket.socket, socket.socket]:
+        pair = make(*arguments)
+        for end in pair:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return pair
+
+    monkeypatch.setattr(socket, "socketpair", small)
+
+
+FORKS = 16
+
+
+async def _suspended(spawner: Spawner, fd: int) -> tuple[psutil.Process, asyncio.Future[list[Child | None]]]:
+    """Stops a zygote and asks it to fork more often than it has room for."""
+    first = await spawner.fork([fd])
+    assert first is not None
+    first.kill()
+    first.wait()
+    zygote = psutil.Process(spawner.pid)
+    zygote.suspend()
+    forks = asyncio.gather(*(spawner.fork([fd]) for _ in range(FORKS)))
+    await asyncio.sleep(0)
+    return zygote, forks
+
+
+async def test_a_zygote_that_is_busy_is_waited_for(
+    light: Callable[[str], Path], narrow: None, channel: tuple[socket.socket, socket.socket]
+) -> None:
+    light("nobody")
+    async with _started() as spawner:
+        zygote, forks = await _suspended(spawner, channel[1].fileno())
+        zygote.resume()
+        engines = [child for child in await forks if child is not None]
+        assert spawner.pid == zygote.pid
+        for engine in engines:
+            engine.kill()
+            engine.wait()
+        assert len({engine.pid for engine in engines}) == FORKS
+        assert zygote.num_fds() == 4
+
+
+async def test_a_zygote_that_stays_busy_is_waited_for_no_longer_than_one_that_hangs(
+    light: Callable[[str], Path],
+    narrow: None,
+    channel: tuple[socket.socket, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    light("nobody")
+    before = _children()
+    async with _started() as spawner:
+        monkeypatch.setattr(spawners, "_FORK_S", 0.5)
+        _, forks = await _suspended(spawner, channel[1].fileno())
+        assert await forks == [None] * FORKS
+    assert _children() == before
+
+
+async def test_a_fork_that_is_cancelled_while_the_zygote_is_busy_leaves_nothing(
+    light: Callable[[str], Path], narrow: None, channel: tuple[socket.socket, socket.socket]
+) -> None:
+    light("nobody")
+    before = _children()
+    async with _started() as spawner:
+        zygote, forks = await _suspended(spawner, channel[1].fileno())
+        forks.cancel()
+        await asyncio.gather(forks, return_exceptions=True)
+        zygote.resume()
+        last = await spawner.fork([channel[1].fileno()])
+        assert last is not None
+        assert _children() - before == {zygote.pid, last.pid}
+        last.kill()
+        last.wait()
+
+
+async def test_a_stop_that_comes_as_the_zygote_is_ready_is_not_lost(
+    light: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    light("nobody")
+    zygote: Any = getattr(spawners, "_Zygote")  # noqa: B009 - it is not ours
+    settle = zygote._settle
+    stopping: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
+
+    def stop_too(self: object, usable: bool) -> None:
+        settle(self, usable)
+        if usable:
+            stopping.set_result(asyncio.create_task(mine.stop()))
+
+    monkeypatch.setattr(zygote, "_settle", stop_too)
+    mine = Spawner()
+    mine.start()
+    async with asyncio.timeout(60):
+        await (await stopping)
+    assert mine.pid == 0
+
+
+@pytest.fixture
 def front(root: Path) -> Generator[subprocess.Popen[str]]:
     """A front in a process of its own; its first line says which processes it has."""
     command = [sys.executable, "-m", "tests.support.engine_front", str(root), GOOD]
@@ -291,6 +505,8 @@ async def test_zygote_and_engines_end_with_the_front(front: subprocess.Popen[str
     front.kill()
     front.wait()
     await asyncio.to_thread(wait_for, lambda: not any(_lives(pid) for pid in pids), "all processes to end")
+    for pid in {*pids} & _children():  # adopted by these tests, and not by whoever adopts the server's else
+        await asyncio.to_thread(os.waitpid, pid, 0)
 
 
 def _lives(pid: int) -> bool:

@@ -42,7 +42,8 @@ def _run_stub(
     # The module's own name, because engine processes are known by it.
     command = [sys.executable, "-m", "tests.support.stub_engine", f"modelport_server.engines.{module}"]
     command += map(str, arguments)
-    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
 
 
 def _always(spare: SpareTime) -> bool:

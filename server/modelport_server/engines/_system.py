@@ -33,6 +33,7 @@ def live_under(parent: int) -> bool:
     _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it is not in the terminal's group, and may write there
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     return os.getppid() == parent  # if not, it ended before the kernel was told

@@ -19,7 +19,7 @@ from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
-from modelport_server.engines.spawner import Child, Spawner, execute, exit_text
+from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
 from modelport_server.errors import EngineDiedError, ModelFailureError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
@@ -369,6 +369,8 @@ def _reap(process: Child) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
+    finally:
+        end_group(process.pid)
 
 
 def _use(pid: int) -> tuple[int, int]:

@@ -64,9 +64,12 @@ class ForkedChild:
         return self._pid
 
     def poll(self) -> int | None:
-        """Returns its exit status; None while it runs."""
+        """Returns its exit status; None while it runs, 0 if somebody else has waited for it, as ``subprocess``."""
         if self._status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:
+                pid, status = self._pid, 0
             if pid:
                 self._status = os.waitstatus_to_exitcode(status)
         return self._status
@@ -93,6 +96,19 @@ class ForkedChild:
         return status
 
 
+def end_group(leader: int) -> None:
+    """Ends what is left in the group of a process that has ended, and waits for it.
+
+    Only for processes that this one adopts are waited for; where it adopts none, nothing is done.
+    """
+    with suppress(ChildProcessError):
+        while True:
+            # Raises where there is none left, and the number may be somebody else's.
+            os.waitid(os.P_PGID, leader, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.killpg(leader, signal.SIGKILL)
+            os.waitpid(-leader, 0)
+
+
 def execute(fds: Sequence[int]) -> Child:
     """Starts an engine process of its own, which takes seconds to import TensorFlow.
 
@@ -108,11 +124,15 @@ def _run_module(
     # -P: what lies in the folder that the server was started in must not be imported.
     command = [sys.executable, "-P", "-m", f"modelport_server.engines.{module}", *map(str, arguments)]
     environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment}
-    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
 
 
 class _Zygote:
-    """The front's end of one zygote, from its start to its end."""
+    """The front's end of one zygote, from its start to its end.
+
+    The zygote leads a process group. An engine process is born into it, and leaves it when the front hears of
+    it: those that it never hears of are what is left of the group when the zygote has ended.
+    """
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -120,6 +140,7 @@ class _Zygote:
         self._control.setblocking(False)
         self._forks: dict[int, asyncio.Future[int | None]] = {}
         self._next = 0
+        self._room = asyncio.Event()
         self.ready: asyncio.Future[bool] = loop.create_future()
         """Whether it forks; False once it has ended."""
         self.ended = asyncio.Event()
@@ -145,22 +166,38 @@ class _Zygote:
         """Returns the pid of a new engine process; None if it can't be forked."""
         self._next += 1
         number = self._next
-        reply = self._forks[number] = asyncio.get_running_loop().create_future()
-        try:
-            packet = messages.pack({"op": "fork", "id": number})
-            socket.send_fds(self._control, [packet], list(fds))
-        except OSError:
-            self.kill()
-            return None
         try:
             async with asyncio.timeout(_FORK_S):
-                return await asyncio.shield(reply)
+                await self._send({"op": "fork", "id": number}, fds)
+                reply = self._forks[number] = asyncio.get_running_loop().create_future()
+                return await _taken(reply)
         except TimeoutError:
             self.kill()
-            return None
-        except asyncio.CancelledError:
-            reply.add_done_callback(_discard)
-            raise
+        except OSError as error:
+            if not self.ended.is_set():
+                _log.warning("an engine process could not be forked: %s", error.strerror)
+        return None
+
+    async def _send(self, message: messages.Message, fds: Sequence[int]) -> None:
+        """Sends a message once there is room for it.
+
+        Raises:
+            OSError: if it can't be sent.
+        """
+        packet = messages.pack(message)
+        while True:
+            try:
+                socket.send_fds(self._control, [packet], list(fds))
+            except BlockingIOError:
+                self._room.clear()
+                asyncio.get_running_loop().add_writer(self._control.fileno(), self._on_writable)
+                await self._room.wait()
+            else:
+                return
+
+    def _on_writable(self) -> None:
+        asyncio.get_running_loop().remove_writer(self._control.fileno())
+        self._room.set()
 
     def _on_readable(self) -> None:
         try:
@@ -182,6 +219,7 @@ class _Zygote:
         elif op == "unusable":
             self.unusable = message["reason"]
         elif op == "forked":
+            os.setpgid(message["pid"], message["pid"])
             self._reply(message["id"], message["pid"])
         elif op == "failed":
             _log.warning("an engine process could not be forked: %s", message["reason"])
@@ -200,6 +238,7 @@ class _Zygote:
         if self.ended.is_set():
             return
         asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self._on_writable()
         self._control.close()
         self._settle(False)
         for number in list(self._forks):
@@ -212,8 +251,22 @@ class _Zygote:
         self._end()
 
     async def reap(self) -> int:
-        """Returns its exit status after it has ended."""
-        return await asyncio.to_thread(self._process.wait)
+        """Returns its exit status after it has ended, and what it forked in vain too."""
+        return await asyncio.to_thread(self._reap)
+
+    def _reap(self) -> int:
+        status = self._process.wait()
+        end_group(self.pid)
+        return status
+
+
+async def _taken(reply: asyncio.Future[int | None]) -> int | None:
+    """Returns what is replied; ends the process if nobody waits for it any more."""
+    try:
+        return await asyncio.shield(reply)
+    except asyncio.CancelledError:
+        reply.add_done_callback(_discard)
+        raise
 
 
 def _discard(reply: asyncio.Future[int | None]) -> None:
@@ -222,6 +275,7 @@ def _discard(reply: asyncio.Future[int | None]) -> None:
         child = ForkedChild(pid)
         child.kill()
         child.wait()  # it has been killed: it takes no time
+        end_group(pid)
 
 
 class Spawner:
@@ -234,6 +288,7 @@ class Spawner:
         self._zygote: _Zygote | None = None
         self._failures = 0
         self._keeper: asyncio.Task[None] | None = None
+        self._reaping: asyncio.Task[int] | None = None
 
     @property
     def pid(self) -> int:
@@ -260,6 +315,8 @@ class Spawner:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
             self._keeper = None
+        if self._reaping is not None:
+            await self._reaping
 
     async def fork(self, fds: Sequence[int]) -> Child | None:
         """Starts an engine process that has imported TensorFlow already.
@@ -295,13 +352,16 @@ class Spawner:
         """Returns once a zygote has ended; says whether there should be another one."""
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(zygote.ready), _IMPORT_S)
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes as the zygote is ready.
+                async with asyncio.timeout(_IMPORT_S):
+                    await asyncio.shield(zygote.ready)
             if zygote.ready.done():
                 await zygote.ended.wait()
         finally:
             self._zygote = None
             zygote.kill()
-            status = await asyncio.shield(zygote.reap())
+            self._reaping = asyncio.create_task(zygote.reap())
+            status = await asyncio.shield(self._reaping)
         if zygote.unusable:
             _log.warning("engine processes can't be forked here, each imports TensorFlow: %s", zygote.unusable)
         else:

@@ -77,16 +77,16 @@ class Zygote:
     def _fork(self, fds: list[int]) -> int:
         """Starts an engine process and returns its pid once it is the front's child."""
         said, says = os.pipe()
-        middle = os.fork()
-        if middle == 0:
-            os.close(said)
-            self._fork_engine(fds, says)
-        os.close(says)
-        try:
-            text = os.read(said, 32)
-        finally:
-            os.close(said)
-            os.waitpid(middle, 0)
+        with os.fdopen(said, "rb", 0) as report, os.fdopen(says, "wb", 0) as theirs:
+            middle = os.fork()
+            if middle == 0:
+                os.close(said)
+                self._fork_engine(fds, says)
+            theirs.close()
+            text = report.read(32)
+            _, status = os.waitpid(middle, 0)
+        if not text and os.WIFSIGNALED(status):  # it may have forked one, which the front ends with this group
+            sys.exit("the process that forks an engine process was killed")
         if not text:
             raise OSError("the engine process can't be forked")
         engine = int(text)
