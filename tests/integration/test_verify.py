@@ -16,21 +16,27 @@ from modelport_registry import Registry
 from modelport_server.gates import prediction_log_pb2 as pb
 from modelport_server.gates.result import GATES
 from modelport_server.gates.warmup_requests import WARMUP_REQUESTS
+from modelport_server.options import MIB
 from tests.support.bad_versions import bad_golden, doubler_golden, flip_bit
+from tests.support.launch import program
 from tests.support.warmup_files import framed, log_of
 
 MODEL = "doubler"
+TAMED = program(max_memory_bytes=1500 * MIB)
+"""The command with so little memory for an engine process that a wild model can't take the machine's."""
 
 
-def _verify(root: Path, *arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "modelport", "verify", MODEL, *arguments, "--registry", str(root)]
+def _verify(root: Path, *arguments: str, program: tuple[str, ...] = ("modelport",)) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", *program, "verify", MODEL, *arguments, "--registry", str(root)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def _document(root: Path, *arguments: str) -> tuple[int, dict[str, Any], list[str]]:
-    code, stdout, stderr = _verify(root, *arguments, "--json")
+def _document(
+    root: Path, *arguments: str, program: tuple[str, ...] = ("modelport",)
+) -> tuple[int, dict[str, Any], list[str]]:
+    code, stdout, stderr = _verify(root, *arguments, "--json", program=program)
     return code, json.loads(stdout), stderr.splitlines()
 
 
@@ -92,7 +98,7 @@ def test_a_bad_version_is_rejected_at_its_gate(
     registry: Registry, bad_versions: Path, name: str, gate: str, reason: str
 ) -> None:
     version = _publish(registry, bad_versions, name)
-    code, document, stderr = _document(registry.root, str(version))
+    code, document, stderr = _document(registry.root, str(version), program=TAMED)
     assert (code, document["passed"]) == (1, False)
     failed = document["gates"][-1]
     assert [one["gate"] for one in document["gates"]] == list(GATES[: GATES.index(gate) + 1])
