@@ -1,4 +1,4 @@
-"""``python -m bench``: ``serving``, the default, ``loading`` or ``shadow``."""
+"""``python -m bench``: ``serving``, the default, ``loading``, ``shadow`` or ``gates``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "loading", "shadow")
+BENCHMARKS = ("serving", "loading", "shadow", "gates")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +28,19 @@ class Server:
             sys.exit(f"error: the server ended: {self.log.read_text()[-2000:]}")
 
 
-def modelport(*arguments: str | Path) -> list[str]:
-    """Returns the command line for a command of ours."""
-    return [sys.executable, "-m", "modelport", *map(str, arguments)]
+def modelport(*arguments: str | Path, program: Sequence[str] = ("modelport",)) -> list[str]:
+    """Returns the command line for a command of ours; ``program`` is what Python runs as a module."""
+    return [sys.executable, "-m", *program, *map(str, arguments)]
 
 
 @contextmanager
-def serving(registry: Path, folder: Path, *arguments: str) -> Generator[Server]:
+def serving(
+    registry: Path, folder: Path, *arguments: str, program: Sequence[str] = ("modelport",)
+) -> Generator[Server]:
     """Serves a registry on a Unix socket in ``folder``."""
     ready, log, address = folder / "port", folder / "server.log", f"unix:{folder}/socket"
-    command = modelport("serve", "--registry", registry, "--address", address, "--port-file", ready, *arguments)
+    options = ("--registry", registry, "--address", address, "--port-file", ready)
+    command = modelport("serve", *options, *arguments, program=program)
     with log.open("wb") as output:
         server = Server(address, log, subprocess.Popen(command, stdout=output, stderr=output))
     try:

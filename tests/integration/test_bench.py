@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.gates import QUICK
 from bench.loading import VARIANTS
 from bench.shadow import LOADS
 from modelport_server.gates.result import GATES
@@ -17,15 +18,20 @@ from modelport_server.gates.result import GATES
 
 def figures(name: str, tmp_path: Path) -> list[dict[str, Any]]:
     """Returns the rounds of a benchmark's quick mode."""
+    rounds: list[dict[str, Any]] = document(name, tmp_path)["rounds"]
+    return rounds
+
+
+def document(name: str, tmp_path: Path) -> dict[str, Any]:
+    """Returns all that a benchmark's quick mode leaves."""
     path = tmp_path / f"{name}.json"
     command = [sys.executable, "-m", "bench", name, "--quick", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    document = json.loads(path.read_text())
-    assert document["machine"]["cores"] >= 1
-    rounds: list[dict[str, Any]] = document["rounds"]
-    return rounds
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert found["machine"]["cores"] >= 1
+    return found
 
 
 @pytest.mark.slow
@@ -51,7 +57,24 @@ def test_shadow(tmp_path: Path) -> None:
         assert one["copied"] + one["dropped"] > 0
 
 
+@pytest.mark.slow
+def test_gates(tmp_path: Path) -> None:
+    found = document("gates", tmp_path)
+    assert [(one["case"], one["gate"]) for one in found["rounds"]] == [(case.name, case.gate) for case in QUICK]
+    for one in found["rounds"]:
+        assert one["seconds_to_rejection"] > 0
+        assert one["quiet"]["calls"] > 0
+        assert one["during"]["calls"] > 0
+        assert one["quiet"]["failed"] == one["during"]["failed"] == 0
+        assert one["ratio"]["p99"] > 0
+    (pooled,) = found["pooled"]
+    assert pooled == found["pooled_over_all_rounds"]
+    for stretch in ("quiet", "during"):
+        assert pooled[stretch]["calls"] == sum(one[stretch]["calls"] for one in found["rounds"])
+    assert 0 < pooled["strictly"]["calls"] < pooled["during"]["calls"]
+
+
 def test_unknown_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow\n"
+    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates\n"
