@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from modelport import Client, ModelInfo, VersionInfo
+    from modelport.cli_table import Column
 
 _SHOWN_METRICS = 3
 
@@ -93,38 +92,44 @@ def _version_json(version: VersionInfo) -> dict[str, Any]:
 
 
 def _print(models: Iterable[ModelInfo]) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    from modelport.cli_table import make_console, print_table
+
+    console = make_console()
     shown = list(models)
     if not shown:
         console.print("the server has no models")
     for model in shown:
         serving = f"serves version {model.serving_version}" if model.serving_version else "serves nothing yet"
         console.print(f"[bold]{escape(model.name)}[/] {serving}")
-        console.print(_table(model))
+        print_table(_columns(), [_row(model, version) for version in model.versions], console)
 
 
-def _table(model: ModelInfo) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _columns() -> list[Column]:
+    from modelport.cli_table import Column
 
-    table = Table("version")
-    table.add_column("state", no_wrap=True)
-    for name in ("aliases", "engine", "golden", "since", "metrics", "note"):
-        table.add_column(name)
-    for version in model.versions:
-        aliases = ", ".join(name for name, number in model.aliases.items() if number == version.version)
-        metrics = list(version.metrics.items())[:_SHOWN_METRICS]
-        table.add_row(
-            str(version.version),
-            version.state.value,
-            aliases,
-            version.engine,
-            str(version.golden_examples or ""),
-            f"{version.since:%Y-%m-%d %H:%M:%S}" if version.since else "",
-            ", ".join(f"{name} {value:.4g}" for name, value in metrics),
-            escape(version.reason),
-        )
-    return table
+    return [
+        Column("version"),
+        Column("state"),
+        Column("aliases", wraps=True),
+        Column("engine", rank=3),
+        Column("golden", rank=4),
+        Column("since", rank=1),
+        Column("metrics", rank=2),
+        Column("note", wraps=True),
+    ]
+
+
+def _row(model: ModelInfo, version: VersionInfo) -> list[str]:
+    metrics = list(version.metrics.items())[:_SHOWN_METRICS]
+    return [
+        str(version.version),
+        version.state.value,
+        ", ".join(name for name, number in model.aliases.items() if number == version.version),
+        version.engine,
+        str(version.golden_examples or ""),
+        f"{version.since:%Y-%m-%d %H:%M:%S}" if version.since else "",
+        ", ".join(f"{name} {value:.4g}" for name, value in metrics),
+        version.reason,
+    ]

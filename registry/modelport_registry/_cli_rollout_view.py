@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.padding import Padding
 from rich.panel import Panel
@@ -21,6 +21,15 @@ _BAR_CELLS = 10
 _TIME_BAR_CELLS = 40
 _SHOWN_FIGURES = 5
 _SHOWN_ITEMS = 8
+_NO_LIMIT = 1 << 16
+_TRAFFIC: tuple[str, ...] = ("calls", "calls/s", "errors", "p50 ms", "p99 ms")
+_LAYOUTS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (_BAR_CELLS, ()),
+    (0, ()),
+    (0, ("calls/s",)),
+    (0, ("calls/s", "p50 ms")),
+)
+"""The cells of a bar and the columns that are left out, from wide to narrow."""
 _UNITS = {"_mib": " MiB", "_ms": " ms", "_s": " s"}
 _COLOURS = {"stable": "green", "candidate": "cyan", "previous": "yellow"}
 _GATE_SIGNS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "skipped": ("-", "dim")}
@@ -59,7 +68,7 @@ def panel(status: RolloutInfo, older_s: float = 0.0) -> RenderableType:
         if (bar := _time_bar(status.rollout, older_s)) is not None:
             parts.append(bar)
     if status.versions:
-        parts += [Text(), _versions(status.versions)]
+        parts += [Text(), _Versions(status.versions)]
     if (candidate := status.candidate or _gated(status)) is not None and candidate.gates:
         parts += [Text(), _gates(candidate)]
     if status.verdict:
@@ -172,28 +181,45 @@ def _time_bar(rollout: Rollout, older_s: float) -> Text | None:
     return Text.assemble(bar, f" {_duration(shown_s)} of {_duration(rollout.bake_s)}, ", rest)
 
 
-def _versions(versions: tuple[RolloutVersion, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
-    for name in ("version", "place", "state", "share"):
-        table.add_column(name, no_wrap=True)
-    for name in ("calls", "calls/s", "errors", "p50 ms", "p99 ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for version in versions:
-        colour = _COLOURS.get(version.place, "white")
-        table.add_row(
-            Text(str(version.version), f"bold {colour}"),
-            Text(version.place, colour),
-            Text(version.state.value, _STATE_COLOURS.get(version.state, "cyan")),
-            Text.assemble(f"{_percent(version.share):>5} ", _bar(version.share, _BAR_CELLS, colour)),
-            *_traffic_cells(version),
-        )
-    return table
+@dataclass(frozen=True, slots=True)
+class _Versions:
+    """The versions that have a part in a rollout, side by side, with as much as there is room for."""
+
+    versions: tuple[RolloutVersion, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(max_width=_NO_LIMIT)
+        tables = [self._table(cells, left_out) for cells, left_out in _LAYOUTS]
+        fitting = (t for t in tables if console.measure(t, options=unlimited).maximum <= options.max_width)
+        yield next(fitting, tables[-1])
+
+    def _table(self, bar_cells: int, left_out: Sequence[str]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
+        for name in ("version", "place", "state", "share"):
+            table.add_column(name, overflow="fold")
+        shown = [name for name in _TRAFFIC if name not in left_out]
+        for name in shown:
+            table.add_column(name, justify="right", overflow="fold")
+        for version in self.versions:
+            colour = _COLOURS.get(version.place, "white")
+            share = Text(f"{_percent(version.share):>5}")
+            if bar_cells:
+                share = Text.assemble(share, " ", _bar(version.share, bar_cells, colour))
+            cells = dict(zip(_TRAFFIC, _traffic_cells(version), strict=True))
+            table.add_row(
+                Text(str(version.version), f"bold {colour}"),
+                Text(version.place, colour),
+                Text(version.state.value, _STATE_COLOURS.get(version.state, "cyan")),
+                share,
+                *(cells[name] for name in shown),
+            )
+        return table
 
 
 def _traffic_cells(version: RolloutVersion) -> list[Text]:
     traffic = version.traffic
     if traffic is None:
-        return [Text("-", "dim")] * 5
+        return [Text("-", "dim")] * len(_TRAFFIC)
     return [
         Text(f"{traffic.calls:,}"),
         Text(f"{traffic.calls_per_s:,.0f}" if traffic.calls_per_s >= 10 else f"{traffic.calls_per_s:.1f}"),
