@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelport_registry import _cli_rollout
+from modelport_registry._cli_server import ServerOption, aliased, check_one_place, version_of
 from modelport_registry._errors import IntegrityError, RegistryError
 from modelport_registry._json import JSON
 
 if TYPE_CHECKING:
     from modelport_registry import Golden, Manifest, Registry, SignatureSpec, State, TensorSpec
 
-_PANEL = "Registry"
+PANEL = "Registry"
 _SHOWN_SIGNATURE_TENSORS = 8
 
 RegistryOption = Annotated[
@@ -40,11 +41,11 @@ def register(app: typer.Typer) -> None:
         ("check", check),
         ("alias", alias),
         ("gc", collect_garbage),
-        ("journal", journal),
     ):
-        app.command(name, rich_help_panel=_PANEL)(command)
-    from modelport_registry import _cli_policy
+        app.command(name, rich_help_panel=PANEL)(command)
+    from modelport_registry import _cli_journal, _cli_policy
 
+    _cli_journal.register(app)
     _cli_policy.register(app)
     _cli_rollout.register(app)
 
@@ -164,11 +165,11 @@ def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False)
         what = f"no models in {registry.absolute()}" if registry.is_dir() else f"there is no {registry.absolute()}"
         _diagnose(f"{what}; name the registry with --registry, or publish: modelport publish NAME FOLDER")
         return
-    table = _Table("model", "versions", "highest", "aliases")
-    for name, (versions, aliases) in found.items():
-        texts = (f"{alias}={number}" for alias, number in aliases.items())
-        table.add(name, str(len(versions)), str(versions[-1]), " ".join(texts))
-    table.print()
+    from modelport.cli_table import Column, print_table
+
+    columns = [Column("model"), Column("versions", rank=1), Column("highest"), Column("aliases", wraps=True)]
+    texts = {name: " ".join(f"{alias}={number}" for alias, number in a.items()) for name, (_, a) in found.items()}
+    print_table(columns, [[n, str(len(v)), str(v[-1]), texts[n]] for n, (v, _) in found.items()])
 
 
 def show(
@@ -213,9 +214,23 @@ def show(
             }
         )
         return
-    table = _Table("version", "created", "size", "golden", "aliases", "metrics", "tags")
-    for manifest in manifests:
-        table.add(
+    _print_versions(manifests, state)
+
+
+def _print_versions(manifests: Sequence[Manifest], state: State) -> None:
+    from modelport.cli_table import Column, print_table
+
+    columns = [
+        Column("version"),
+        Column("created", rank=1),
+        Column("size", rank=3),
+        Column("golden", rank=4),
+        Column("aliases", wraps=True),
+        Column("metrics", rank=2, wraps=True),
+        Column("tags", wraps=True),
+    ]
+    rows = [
+        [
             str(manifest.version),
             f"{manifest.created:%Y-%m-%d %H:%M:%S}",
             _size(manifest.size_bytes),
@@ -223,8 +238,10 @@ def show(
             " ".join(name for name, number in state.aliases.items() if number == manifest.version),
             _metrics_text(manifest),
             " ".join(manifest.tags),
-        )
-    table.print()
+        ]
+        for manifest in manifests
+    ]
+    print_table(columns, rows)
 
 
 def check(
@@ -269,12 +286,14 @@ def check(
 
 
 def alias(
+    context: typer.Context,
     model: ModelArgument,
     alias: Annotated[str, typer.Argument(help="The alias, for example stable.")],
     version: Annotated[
         str | None, typer.Argument(help="The version to point it at: a number, or another alias.")
     ] = None,
     registry: RegistryOption = DEFAULT_ROOT,
+    server: ServerOption = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias.")] = False,
     expected_generation: Annotated[
         int | None, typer.Option(help="Change nothing unless the state has this generation.")
@@ -285,7 +304,7 @@ def alias(
 
     Callers that name nothing get the version that the alias stable points at. To set
     stable by hand pins that version, as modelport pin does: nothing is rolled out by
-    itself until the pin is off.
+    itself until the pin is off. With --server only stable can be set, and none removed.
 
     Examples:
 
@@ -294,12 +313,33 @@ def alias(
         modelport alias mnist stable
 
         modelport alias mnist canary --delete
+
+        modelport alias mnist stable 3 --server 10.0.0.7:8500
     """
+    check_one_place(context, server)
+    if delete and version is not None:
+        raise RegistryError("give a version or --delete, not both")
+    if server is not None:
+        if delete or (version is not None and alias != "stable"):
+            raise RegistryError("a server sets the alias stable and no other: use the registry's folder, --registry")
+        number, pin, generation = _served_alias(server, model, alias, version, expected_generation)
+    else:
+        number, pin, generation = _stored_alias(registry, model, alias, version, expected_generation, delete=delete)
+    if as_json:
+        _print_json({"model": model, "alias": alias, "version": number, "generation": generation})
+    elif number is None:
+        _print(f"{model} has no alias {alias} any more")
+    else:
+        _print(f"{model} {alias} is version {number}{', pinned' if alias == 'stable' and pin is not None else ''}")
+
+
+def _stored_alias(
+    registry: Path, model: str, alias: str, version: str | None, expected_generation: int | None, *, delete: bool
+) -> tuple[int | None, int | None, int]:
+    """Changes an alias in the registry, or looks it up; returns its version, the pin and the generation."""
     from modelport_registry import Registry
 
     store = Registry(registry)
-    if delete and version is not None:
-        raise RegistryError("give a version or --delete, not both")
     if delete:
         state, number = store.remove_alias(model, alias, expected_generation=expected_generation), None
     elif version is None:
@@ -307,16 +347,23 @@ def alias(
     else:
         number = resolve(store, model, version)
         state = store.set_alias(model, alias, number, expected_generation=expected_generation)
-    if as_json:
-        _print_json({"model": model, "alias": alias, "version": number, "generation": state.generation})
-    elif number is None:
-        _print(f"{model} has no alias {alias} any more")
-    else:
-        _print(f"{model} {alias} is version {number}{_pinned(state, alias)}")
+    return number, state.pin, state.generation
 
 
-def _pinned(state: State, alias: str) -> str:
-    return ", pinned" if alias == "stable" and state.pin is not None else ""
+def _served_alias(
+    server: str, model: str, alias: str, version: str | None, expected_generation: int | None
+) -> tuple[int | None, int | None, int]:
+    """Pins the version that ``stable`` is to point at, or looks an alias up; returns the same as ``_stored_alias``."""
+    from modelport import Client
+
+    with Client(server) as client:
+        if version is None:
+            number = aliased(client, model, alias)
+            found = client.rollouts.get(model)
+            return number, found.pinned, found.generation
+        number = version_of(client, model, version)
+        state = client.rollouts.pin(model, number, expected_generation=expected_generation)
+        return number, state.pinned, state.generation
 
 
 def collect_garbage(
@@ -362,85 +409,6 @@ def collect_garbage(
     _print(f"{done} {count} versions and {report.leftovers} leftovers, {_size(report.freed_bytes)}")
 
 
-def journal(
-    model: ModelArgument,
-    registry: RegistryOption = DEFAULT_ROOT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one entry a line.")] = False,
-) -> None:
-    """Print what was done to a model, when, by whom and why.
-
-    --json has all of it: the figures of every gate, and the numbers behind every decision.
-
-    Examples:
-
-        modelport journal mnist
-
-        modelport journal mnist --json
-    """
-    from modelport_registry import Registry
-
-    store = Registry(registry)
-    entries = store.journal(model)
-    if not entries:
-        store.resolve(model)  # says so if there is no such model
-    if as_json:
-        _print_json(
-            [
-                {
-                    "time": entry.time.isoformat(),
-                    "action": entry.action,
-                    "version": entry.version,
-                    "actor": entry.actor,
-                    "reason": entry.reason,
-                    "details": dict(entry.details),
-                }
-                for entry in entries
-            ]
-        )
-        return
-    table = _Table("time", "action", "version", "actor", "reason", "details")
-    for entry in entries:
-        table.add(
-            f"{entry.time:%Y-%m-%d %H:%M:%S}",
-            entry.action,
-            "" if entry.version is None else str(entry.version),
-            entry.actor,
-            entry.reason,
-            " ".join(_detail(name, value) for name, value in entry.details.items()),
-        )
-    table.print()
-
-
-def _detail(name: str, value: JSON) -> str:
-    """Returns a detail in a few characters; what does not fit is in the JSON."""
-    if name == "stable" and isinstance(value, Mapping):
-        return f"stable={value.get('before') or 'none'}->{value.get('after') or 'none'}"
-    if name.endswith("sha256"):
-        return f"{name}={str(value)[:12]}"
-    if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
-        return f"{name}=({len(value)})"
-    return f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
-
-
-class _Table:
-    """A table of plain texts on standard output."""
-
-    def __init__(self, *columns: str) -> None:
-        from rich.table import Table
-
-        self._table = Table(*columns, box=None, pad_edge=False, header_style="bold", show_header=any(columns))
-
-    def add(self, *cells: str) -> None:
-        from rich.text import Text
-
-        self._table.add_row(*map(Text, cells))
-
-    def print(self) -> None:
-        from rich.console import Console
-
-        Console().print(self._table)
-
-
 def _show_version(store: Registry, manifest: Manifest) -> None:
     aliases = [n for n, v in store.state(manifest.model).aliases.items() if v == manifest.version]
     lineage = manifest.lineage
@@ -458,15 +426,12 @@ def _show_version(store: Registry, manifest: Manifest) -> None:
         "source": lineage.source or "",
         "parameters": " ".join(f"{name}={json.dumps(value)}" for name, value in lineage.parameters.items()),
     }
-    table = _Table("", "")
-    for name, value in facts.items():
-        if value:
-            table.add(name, value)
-    for signature in manifest.signatures.values():
-        table.add("signature", _signature_text(signature))
-    for entry in manifest.files:
-        table.add("file", f"{entry.path}  {_size(entry.size)}  sha256 {entry.sha256[:12]}")
-    table.print()
+    from modelport.cli_table import Column, print_table
+
+    rows = [(name, value) for name, value in facts.items() if value]
+    rows += [("signature", _signature_text(signature)) for signature in manifest.signatures.values()]
+    rows += [("file", f"{e.path}  {_size(e.size)}  sha256 {e.sha256[:12]}") for e in manifest.files]
+    print_table([Column(""), Column("", wraps=True)], rows)
 
 
 def _signature_text(signature: SignatureSpec) -> str:

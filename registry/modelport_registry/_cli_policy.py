@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modelport_registry._cli import DEFAULT_ROOT, JsonOption, ModelArgument, RegistryOption, VersionArgument
+from modelport_registry._cli_server import ServerOption, change_policy, check_one_place, policy_of, version_of
 from modelport_registry._errors import RegistryError
 
 if TYPE_CHECKING:
@@ -26,9 +29,11 @@ def register(app: typer.Typer) -> None:
 
 
 def pin(
+    context: typer.Context,
     model: ModelArgument,
     version: VersionArgument = None,
     registry: RegistryOption = DEFAULT_ROOT,
+    server: ServerOption = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take the pin off.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
@@ -47,11 +52,25 @@ def pin(
 
         modelport pin mnist --remove
     """
+    check_one_place(context, server)
+    if remove and version is not None:
+        raise RegistryError("give a version or --remove, not both")
+    if server is None:
+        pinned, generation = _pin_in_registry(registry, model, version, remove=remove, reason=reason)
+    else:
+        pinned, generation = _pin_through_server(server, model, version, remove=remove, reason=reason)
+    if as_json:
+        _print_json({"model": model, "pinned": pinned, "generation": generation})
+    else:
+        typer.echo(f"{model} is not pinned any more" if pinned is None else f"{model} is pinned to version {pinned}")
+
+
+def _pin_in_registry(
+    registry: Path, model: str, version: str | None, *, remove: bool, reason: str
+) -> tuple[int | None, int]:
     from modelport_registry import Registry
     from modelport_registry._cli import resolve
 
-    if remove and version is not None:
-        raise RegistryError("give a version or --remove, not both")
     store = Registry(registry)
     store.resolve(model)  # says so if there is no such model
     if remove:
@@ -59,17 +78,28 @@ def pin(
     else:
         number = None if version is None else resolve(store, model, version)
         state = store.pin(model, number, reason=reason)
-    if as_json:
-        _print_json({"model": model, "pinned": state.pin, "generation": state.generation})
-    else:
-        typer.echo(
-            f"{model} is not pinned any more" if state.pin is None else f"{model} is pinned to version {state.pin}"
-        )
+    return state.pin, state.generation
+
+
+def _pin_through_server(
+    server: str, model: str, version: str | None, *, remove: bool, reason: str
+) -> tuple[int | None, int]:
+    from modelport import Client
+
+    with Client(server) as client:
+        if remove:
+            state = client.rollouts.unpin(model, reason=reason)
+        else:
+            number = None if version is None else version_of(client, model, version)
+            state = client.rollouts.pin(model, number, reason=reason)
+    return state.pinned, state.generation
 
 
 def policy(
+    context: typer.Context,
     model: ModelArgument,
     registry: RegistryOption = DEFAULT_ROOT,
+    server: ServerOption = None,
     strategy: Annotated[
         str | None,
         typer.Option(help="immediate, canary, shadow, shadow+canary; with manual+ only versions that somebody names."),
@@ -122,8 +152,9 @@ def policy(
 
         modelport policy mnist --reset
     """
-    from modelport_registry import Registry
     from modelport_registry._policy import parse_duration, parse_share, parse_step, parse_strategy
+
+    check_one_place(context, server)
 
     def given(text: str | None, read: Callable[[str], Any]) -> Any:
         return None if text is None else read(text)
@@ -144,21 +175,47 @@ def policy(
         "allow_signature_changes": allow_signature_changes,
     }
     changes = {name: value for name, value in options.items() if value is not None}
+    change = _Change(changes, reset=reset) if changes or reset else None
+    rules = (
+        _policy_of_registry(registry, model, change, reason)
+        if server is None
+        else _policy_of_server(server, model, change, reason)
+    )
+    if step and not any(one.kind == "canary" for one in rules.plan()):
+        print("note: steps are used with --strategy canary", file=sys.stderr)
+    _show(model, rules, as_json=as_json)
+
+
+class _Change:
+    """Puts other rules in place of a policy's, or of the defaults."""
+
+    def __init__(self, rules: Mapping[str, Any], *, reset: bool) -> None:
+        self._rules = rules
+        self._reset = reset
+
+    def __call__(self, policy: RolloutPolicy) -> RolloutPolicy:
+        return replace(type(policy)() if self._reset else policy, **self._rules)
+
+
+def _policy_of_registry(registry: Path, model: str, change: _Change | None, reason: str) -> RolloutPolicy:
+    from modelport_registry import Registry
+
     store = Registry(registry)
     store.resolve(model)  # says so if there is no such model
     state = store.state(model)
-    if changes or reset:
-        rules = _changed(state.policy, changes, reset=reset)
+    if change is not None:
+        rules = change(state.policy)
         state = store.set_policy(model, rules, reason=reason, expected_generation=state.generation)
-    if step and not any(one.kind == "canary" for one in state.policy.plan()):
-        print("note: steps are used with --strategy canary", file=sys.stderr)
-    _show(model, state.policy, as_json=as_json)
+    return state.policy
 
 
-def _changed(policy: RolloutPolicy, changes: Mapping[str, Any], *, reset: bool) -> RolloutPolicy:
-    from dataclasses import replace
+def _policy_of_server(server: str, model: str, change: _Change | None, reason: str) -> RolloutPolicy:
+    from modelport import Client
 
-    return replace(type(policy)() if reset else policy, **changes)
+    with Client(server) as client:
+        if change is None:
+            return policy_of(client, model)
+        return change_policy(client, model, change, reason)
 
 
 def _show(model: str, policy: RolloutPolicy, *, as_json: bool) -> None:
