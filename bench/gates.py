@@ -232,7 +232,7 @@ _COLUMNS = (
     "bad version",
     "gate",
     "s to rejection",
-    "calls meanwhile",
+    "calls",
     "failed",
     "p50 quiet, ms",
     "p99 quiet, ms",
@@ -243,9 +243,9 @@ _COLUMNS = (
 
 def report(found: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Prints what was found."""
-    table = Table(title=f"medians of {options.rounds} rounds (lowest to highest); calls are those of all rounds")
+    table = Table(title=f"medians of {options.rounds} rounds (lowest to highest); calls meanwhile: of all rounds")
     for heading in _COLUMNS:
-        table.add_column(heading, no_wrap=heading == _COLUMNS[-1])
+        table.add_column(heading, no_wrap=heading in (_COLUMNS[0], _COLUMNS[-1]))
     for case in options.cases:
         rows = [row for row in found["rounds"] if row["case"] == case.name]
         gates = ", ".join(dict.fromkeys(row["gate"] for row in rows))
