@@ -28,8 +28,9 @@ MODEL = "classes"
 STABLE, CANDIDATE = 1, 2
 DEFAULTS = RolloutPolicy(strategy=(Strategy.CANARY,), watch_s=5.0, keep_warm_s=0.0)
 """The steps and limits that everybody has who sets none."""
-ALL_CALLS = 200_000
+ALL_CALLS = 120_000
 """How long a run is: minutes of what two cores manage."""
+LONG_S = 1800.0
 TOUCHED = 0.002
 """The most of all calls that a bad canary may get after it has turned bad."""
 MOODY = {FAILING: 0.05, STALLING: 0.05, REFUSING: 0.05, SLOWING: 1.0, ONE_CLASS: 1.0}
@@ -94,7 +95,7 @@ def test_a_canary_that_turns_bad_is_rolled_back(tmp_path: Path, bad_versions: Pa
         turned = stage.load.record.begun
         stage.callers.turn(MOODY[bad])
         rejection = stage.watched.wait_rejected(CANDIDATE)
-        stage.load.wait(ALL_CALLS - stage.load.record.calls)
+        stage.load.wait(ALL_CALLS - stage.load.record.calls, LONG_S)
     record = stage.load.record
     touched = record.versions(turned)[CANDIDATE] + len(record.failures)
     check_rolled_back(stage)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from modelport import AsyncClient, ModelportError, Prediction, RetryPolicy
 from tests.support.bad_versions import CLASSES, class_scores
-from tests.support.server import wait_for
+from tests.support.server import START_TIMEOUT_S, wait_for
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -174,10 +174,10 @@ class Load:
         if self._problem is not None:
             raise AssertionError("the callers ended") from self._problem
 
-    def wait(self, calls: int) -> None:
+    def wait(self, calls: int, timeout_s: float = START_TIMEOUT_S) -> None:
         """Returns once so many more calls have ended."""
         wanted = self.record.calls + calls
-        wait_for(lambda: self.record.calls >= wanted, f"{calls} more calls", self.check)
+        wait_for(lambda: self.record.calls >= wanted, f"{calls} more calls", self.check, timeout_s)
 
     def wait_version(self, version: int) -> None:
         """Returns once a call that begins now or later has been answered by a version."""
