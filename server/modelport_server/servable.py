@@ -260,6 +260,7 @@ class Servable:
         call = Call(spec.name, (spec.name, _PROBE), arranged, 1, splittable=False, future=future)
         self._probes[call] = None
         try:
+            await self._batcher.room(call)
             self._batcher.submit(call)
             await future
             probe = self._probes[call]

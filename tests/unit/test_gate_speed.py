@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from modelport_registry import Golden, SignatureSpec, TensorSpec
-from modelport_server.errors import ModelFailureError, NotAvailableError
+from modelport_server.errors import ModelFailureError, NotAvailableError, OverloadedError
 from modelport_server.gates.result import GateResult, Outcome
-from modelport_server.gates.speed import Probe, Prober, compare_speed, probe_sizes, shared_examples
+from modelport_server.gates.speed import NotMeasurableError, Probe, Prober, compare_speed, probe_sizes, shared_examples
 
 ROWS = {"x": np.zeros((3, 4), np.float32)}
 Noise = Callable[[random.Random], tuple[float, float]]
@@ -158,7 +160,7 @@ def _busy(source: random.Random) -> tuple[float, float]:
 
 @pytest.mark.parametrize("us_per_call", [200.0, 200_000.0])
 async def test_equal_versions_are_never_rejected_on_a_busy_machine(us_per_call: float) -> None:
-    """The slow model is measured five times only."""
+    """The slow model is measured nine times only."""
     for seed in range(300):
         clock = Clock()
         stable = FakeProber(clock, us_per_call, noise=_busy, seed=seed)
@@ -178,12 +180,21 @@ async def test_four_times_slower_is_nearly_always_found_on_a_busy_machine(us_per
     assert found >= 95
 
 
-async def test_a_slow_model_is_measured_five_times_whatever_the_budget() -> None:
+async def test_a_slow_model_is_measured_nine_times_whatever_the_budget() -> None:
     clock = Clock()
     stable, candidate = FakeProber(clock, us_per_call=1e6), FakeProber(clock, us_per_call=1e6)
     result = await _compare(stable, candidate, sizes=(1,))
-    assert _measured(result)[0]["pairs"] == 5
-    assert len(stable.calls) == 6
+    assert _measured(result)[0]["pairs"] == 9
+    assert len(stable.calls) == 10
+
+
+@pytest.mark.parametrize(("us_per_call", "rows"), [(1.0, 32), (1000.0, 19), (5000.0, 3), (100_000.0, None)])
+async def test_a_batch_is_no_longer_than_callers_may_have_to_wait(us_per_call: float, rows: int | None) -> None:
+    clock = Clock()
+    stable, candidate = FakeProber(clock, us_per_call=us_per_call), FakeProber(clock, us_per_call=us_per_call)
+    result = await _compare(stable, candidate)
+    assert result.outcome is Outcome.PASSED
+    assert {count for _, count in stable.calls} == {1, rows} - {None}
 
 
 async def test_what_is_not_batched_runs_as_it_was_published() -> None:
@@ -206,14 +217,51 @@ async def test_skipped_without_anything_to_compare() -> None:
 
 async def test_who_fails_decides() -> None:
     clock = Clock()
-    broken = FakeProber(clock, error=NotAvailableError("the engine is not there"))
+    broken = FakeProber(clock, error=ModelFailureError("no such word"))
     skipped = await _compare(broken, FakeProber(clock))
     assert (skipped.outcome, skipped.reason) == (
         Outcome.SKIPPED,
-        "the stable version can't be measured: the engine is not there",
+        "the stable version can't be measured: no such word",
     )
     failed = await _compare(FakeProber(clock), FakeProber(clock, error=ModelFailureError("no")))
     assert (failed.outcome, failed.reason) == (Outcome.FAILED, "it fails on its golden inputs: no")
+
+
+async def test_what_is_nobodys_fault_is_put_off() -> None:
+    clock = Clock()
+    absent = FakeProber(clock, error=NotAvailableError("the engine is not there"))
+    full = FakeProber(clock, error=OverloadedError("the queue is full", retry_after_s=1.0))
+    for stable, candidate, text in (
+        (absent, FakeProber(clock), "the engine is not there"),
+        (full, FakeProber(clock), "the queue is full"),
+        (FakeProber(clock), full, "the queue is full"),
+    ):
+        with pytest.raises(NotMeasurableError, match=text):
+            await _compare(stable, candidate)
+    assert (await _compare(FakeProber(clock), absent)).outcome is Outcome.FAILED
+
+
+class Slow(FakeProber):
+    """One that really takes its time."""
+
+    async def probe(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Probe:
+        await asyncio.sleep(self.us_per_call / 1e6)
+        return Probe(self.us_per_call, self.us_per_call, len(inputs["x"]))
+
+
+async def _measure_slow(stable_us: float, candidate_us: float) -> GateResult:
+    clock = Clock()
+    stable, candidate = Slow(clock, us_per_call=stable_us), Slow(clock, us_per_call=candidate_us)
+    return await _compare(stable, candidate, clock=time.monotonic, limit_s=0.3, sizes=(1,))
+
+
+async def test_a_limit_that_both_need_counts_what_was_measured() -> None:
+    both = await _measure_slow(40_000.0, 40_000.0)
+    assert (both.outcome, _measured(both)[0]["pairs"] < 9) == (Outcome.PASSED, True)
+    slow = await _measure_slow(1_000.0, 3_600e6)
+    assert (slow.outcome, slow.reason) == (Outcome.FAILED, "took more than 0.3 s")
+    with pytest.raises(NotMeasurableError, match="the version in charge took more than"):
+        await _measure_slow(3_600e6, 1_000.0)
 
 
 async def test_at_most_three_signatures_are_measured() -> None:

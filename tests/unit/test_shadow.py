@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import RolloutPolicy
 from modelport_server.batching.calls import Answer, Call
 from modelport_server.errors import InvalidCallError
 from modelport_server.rollout.comparison import Verdict, VerdictKind
-from modelport_server.rollout.shadow import Shadow, agreeing_rows, upper_bound
+from modelport_server.rollout.shadow import Agreement, Shadow, agreeing_rows
 from modelport_server.tensors import RawTensor
 
 
@@ -51,11 +50,40 @@ def test_rows_that_agree(left: RawTensor, right: RawTensor | None, alike: tuple[
     assert agreeing_rows(left, right) == alike
 
 
-@given(st.integers(1, 10_000), st.data())
-def test_the_bound_lies_above_the_share(rows: int, data: st.DataObject) -> None:
-    agreed = data.draw(st.integers(0, rows))
-    assert agreed / rows - 1e-9 <= upper_bound(agreed, rows) <= 1.0 + 1e-9
-    assert upper_bound(agreed * 4, rows * 4) <= upper_bound(agreed, rows) + 1e-9
+LEAST = 0.99
+ALARM = 1e-5
+
+
+@pytest.mark.parametrize("rows", range(1, 11))
+def test_one_row_that_differs_proves_nothing(rows: int) -> None:
+    for at in range(rows):
+        one = Agreement()
+        for index in range(rows):
+            one.add(1, int(index != at), LEAST)
+            assert not one.too_seldom(LEAST, ALARM)
+
+
+def test_candidates_that_agree_often_enough_are_never_accused_and_others_soon() -> None:
+    source = random.Random(5)
+    accused = 0
+    for _ in range(200):
+        good, bad, found = Agreement(), Agreement(), 0
+        for number in range(1, 2001):
+            good.add(1, int(source.random() < LEAST), LEAST)
+            bad.add(1, int(source.random() < 0.9), LEAST)
+            assert not good.too_seldom(LEAST, ALARM)
+            found = found or number * bad.too_seldom(LEAST, ALARM)
+        accused += 0 < found < 600
+    assert accused == 200
+
+
+def test_the_rows_of_one_call_may_have_one_cause() -> None:
+    one = Agreement()
+    one.add(1000, 0, 0.5)
+    assert not one.too_seldom(0.5, ALARM)
+    for _ in range(20):
+        one.add(1000, 0, 0.5)
+    assert one.too_seldom(0.5, ALARM)
 
 
 class Choosy:
@@ -78,9 +106,31 @@ async def test_a_candidate_that_takes_none_of_the_calls_agrees_in_nothing() -> N
         await asyncio.sleep(0)
     found = shadow.judge(Verdict(VerdictKind.WAITING, "0 of the 100 calls that it takes to tell"))
     assert found.kind is VerdictKind.WORSE
-    assert "output 'y' agrees in 0.00%" in found.reason
+    assert "output 'gone/y' agrees in 0.00%" in found.reason
 
 
 def test_without_rows_nothing_is_known() -> None:
-    assert upper_bound(0, 0) == 1.0
-    assert upper_bound(0, 10_000) < 0.01
+    one = Agreement()
+    one.add(0, 0, LEAST)
+    assert (one.share, one.too_seldom(LEAST, 0.5)) == (1.0, False)
+
+
+def _judged(agreements: dict[str, tuple[int, int]]) -> Verdict:
+    """Returns a verdict after calls of one row each: per signature how many, and how many of them agreed."""
+    shadow = Shadow(cast("Any", Choosy()), 1.0, RolloutPolicy())
+    for signature, (rows, agreed) in agreements.items():
+        for index in range(rows):
+            given = {"y": raw([1.0])} if index >= rows - agreed else {}
+            compare = cast("Any", shadow)._compare
+            compare(signature, Answer(1, (raw([1.0]),), 0, 0), given)
+    return shadow.judge(Verdict(VerdictKind.FINE, "no worse"))
+
+
+def test_a_signature_that_hardly_anybody_calls_holds_up_nothing() -> None:
+    assert _judged({"serving_default": (200, 200), "rare": (1, 1)}).kind is VerdictKind.FINE
+    assert _judged({"serving_default": (50, 50), "rare": (1, 1)}).kind is VerdictKind.WAITING
+
+
+def test_outputs_of_the_same_name_are_told_apart_by_signature() -> None:
+    found = _judged({"serving_default": (200, 200), "other": (200, 0)})
+    assert (found.kind, found.figures["agreement"]) == (VerdictKind.WORSE, {"y": 1.0, "other/y": 0.0})

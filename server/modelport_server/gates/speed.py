@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry import JSON, Golden, SignatureSpec
-from modelport_server.errors import ServeError
+from modelport_server.errors import NotAvailableError, OverloadedError, ServeError
 from modelport_server.gates.result import SPEED, GateResult, Outcome
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -22,16 +24,18 @@ Inputs = Mapping[str, NDArray[Any]]
 MIDDLE_ROWS = 32
 """The larger of the two batches that are measured, if versions take that many rows."""
 
-_FEWEST_PAIRS = 5
+_FEWEST_PAIRS = 9
 _MOST_SIGNATURES = 3
 _MOST_LOOKS = 4
 """What seems too slow is measured anew, up to so many times in all."""
-_DOUBTFUL = 0.75
+_DOUBTFUL = 0.6
 """At this share of the largest ratio, and above, a few measurements do not tell."""
 _EXACT_PAIRS = 20
 """A look with so many is believed if it finds that a version is not slow."""
 _PAUSE_S = 0.5
 """Between two looks, so that what disturbed the one may be over at the next."""
+_LONGEST_BATCH_US = 20_000.0
+"""Calls of the stable version wait behind what is measured on it: larger batches are cut to about that long."""
 _NOT_FELT_US = 50.0
 """A call that takes this much longer is not slower to anybody, however often a tiny model fits into it."""
 
@@ -85,6 +89,7 @@ async def compare_speed(
     sizes: Sequence[int],
     max_ratio: float,
     budget_s: float = 1.0,
+    limit_s: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     model: str = "MODEL",
@@ -102,13 +107,18 @@ async def compare_speed(
         batched: the signatures whose rows may run together in both versions.
         sizes: the rows per batch to measure at.
         max_ratio: how many times longer a row of the candidate may take.
-        budget_s: how long to measure, in seconds; each size is measured five times in any case.
+        budget_s: how long to measure, in seconds; each size is measured nine times in any case.
+        limit_s: how long it may take, in seconds. A candidate that takes too long for it fails; where both do,
+            what was measured by then counts.
         clock: returns seconds.
         pause: returns after so many seconds.
         model: the model's name, for the text that says how to allow more.
 
     Returns:
         What was found; skipped where there is nothing to compare with.
+
+    Raises:
+        NotMeasurableError: if it can't be told now, and not because of the candidate.
     """
     started = clock()
 
@@ -120,17 +130,29 @@ async def compare_speed(
     cases = list(_cases(examples, batched, sizes))
     if not cases:
         return result(Outcome.SKIPPED, "there are no golden inputs that the stable version takes too")
-    race = _Race(stable, candidate, max_ratio, clock)
+    race = _Race(stable, candidate, clock)
+    too_long = f"took more than {limit_s:g} s"
     try:
-        for case in cases:
-            await race.run(case, budget_s / len(cases))
-            while case.doubtful(max_ratio) and len(case.looks) < _MOST_LOOKS:  # it may be somebody else's doing
-                await pause(_PAUSE_S)
+        async with asyncio.timeout(limit_s if math.isfinite(limit_s) else None):
+            for case, smaller in zip(cases, [None, *cases], strict=False):
+                if not case.fit(smaller):
+                    continue
                 await race.run(case, budget_s / len(cases))
+                while case.doubtful(max_ratio) and len(case.looks) < _MOST_LOOKS:  # it may be somebody else's doing
+                    await pause(_PAUSE_S)
+                    await race.run(case, budget_s / len(cases))
+    except TimeoutError:
+        if race.candidate_s > max_ratio * race.stable_s:
+            return result(Outcome.FAILED, too_long)
+        if not any(case.looks for case in cases):
+            raise NotMeasurableError(f"the version in charge {too_long} to be measured") from None
     except _StableFailedError as error:
         return result(Outcome.SKIPPED, f"the stable version can't be measured: {error}")
+    except OverloadedError as error:
+        raise NotMeasurableError(str(error)) from error
     except ServeError as error:
         return result(Outcome.FAILED, f"it fails on its golden inputs: {error}")
+    cases = [case for case in cases if case.looks]
     figures: dict[str, JSON] = {"max_ratio": max_ratio, "measured": [case.figures() for case in cases]}
     slow = [case for case in cases if case.slower(max_ratio)]
     if not slow:
@@ -181,6 +203,8 @@ class _Case:
 
     signature: str
     inputs: Inputs
+    batch_rows: int = 0
+    """How many rows run together; 0 for a signature whose rows do not."""
     looks: list[_Look] = field(default_factory=list[_Look])
 
     @property
@@ -189,6 +213,16 @@ class _Case:
         return _Look(
             [p for look in self.looks for p in look.stable], [p for look in self.looks for p in look.candidate]
         )
+
+    def fit(self, smaller: _Case | None) -> bool:
+        """Cuts the batch so that callers need not wait long for it, going by one row; says if two rows are left."""
+        if self.batch_rows <= 1 or smaller is None or smaller.signature != self.signature or not smaller.looks:
+            return True
+        most = int(_LONGEST_BATCH_US / max(_wall(smaller.all.stable) / smaller.all.rows, 1.0))
+        if most < self.batch_rows:
+            self.batch_rows = most
+            self.inputs = _resized(self.inputs, most)
+        return most > 1
 
     def doubtful(self, max_ratio: float) -> bool:
         """Returns whether it may be too slow, and no look shows that it is not."""
@@ -231,18 +265,24 @@ def _ratio(stable: float, candidate: float) -> float:
     return max(candidate, 1.0) / max(stable, 1.0)
 
 
+class NotMeasurableError(ModelportError):
+    """Versions can't be compared now, and nothing says that it is the candidate's fault."""
+
+
 class _StableFailedError(Exception):
-    """The stable version can't be measured now: that says nothing about the candidate."""
+    """The stable version does not answer these inputs: that says nothing about the candidate."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Race:
     """Two versions that run the same batches in turns."""
 
     stable: Prober
     candidate: Prober
-    max_ratio: float
     clock: Callable[[], float]
+    stable_s: float = 0.0
+    """How long the stable version was waited for."""
+    candidate_s: float = 0.0
 
     async def run(self, case: _Case, budget_s: float) -> None:
         await self._run_stable(case)  # not measured: the first run of a shape may be longer
@@ -255,16 +295,28 @@ class _Race:
             probes = {first: await first(case), second: await second(case)}
             look.stable.append(probes[self._run_stable])
             look.candidate.append(probes[self._run_candidate])
-        case.looks.append(look)
+            if len(look.candidate) == 1:
+                case.looks.append(look)
 
     async def _run_stable(self, case: _Case) -> Probe:
+        began_s = self.clock()
         try:
             return await self.stable.probe(case.signature, case.inputs)
+        except NotAvailableError as error:
+            raise NotMeasurableError(f"the version in charge can't be measured: {error}") from error
+        except OverloadedError:
+            raise
         except ServeError as error:
             raise _StableFailedError(str(error)) from error
+        finally:
+            self.stable_s += self.clock() - began_s
 
     async def _run_candidate(self, case: _Case) -> Probe:
-        return await self.candidate.probe(case.signature, case.inputs)
+        began_s = self.clock()
+        try:
+            return await self.candidate.probe(case.signature, case.inputs)
+        finally:
+            self.candidate_s += self.clock() - began_s
 
 
 def _cases(examples: Mapping[str, Inputs], batched: Collection[str], sizes: Sequence[int]) -> Iterator[_Case]:
@@ -274,7 +326,7 @@ def _cases(examples: Mapping[str, Inputs], batched: Collection[str], sizes: Sequ
         if name not in batched:
             yield _Case(name, inputs)
         elif all(len(array) for array in inputs.values()):
-            yield from (_Case(name, _resized(inputs, size)) for size in sorted(set(sizes)))
+            yield from (_Case(name, _resized(inputs, size), size) for size in sorted(set(sizes)))
 
 
 def _resized(inputs: Inputs, rows: int) -> dict[str, NDArray[Any]]:

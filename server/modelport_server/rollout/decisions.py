@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from modelport_registry import JSON, ConflictError, Registry, RegistryError
+from modelport_registry import JSON, ConflictError, NotFoundError, Registry, RegistryError
 from modelport_registry import State as Desired
 
 _log = logging.getLogger(__name__)
@@ -135,6 +135,8 @@ class Decisions:
         while True:
             try:
                 await self._write(decision, None)
+            except NotFoundError:
+                return  # the model is gone, and there is nothing left to say of it
             except RegistryError as error:
                 _log.warning("%s@%d: can't write %s: %s", self._model, decision.version, decision.action, error)
                 await asyncio.sleep(_RETRY_S)

@@ -27,7 +27,7 @@ from modelport_registry import (
 from modelport_registry import State as Desired
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.engines.spawner import Spawner
-from modelport_server.gates.result import INTEGRITY, LOAD, SIGNATURE, SPEED, GateResult, Outcome
+from modelport_server.gates.result import INTEGRITY, LOAD, SIGNATURE, SPEED, Outcome
 from modelport_server.gates.signature import SignatureChangedError, check_signatures
 from modelport_server.gates.speed import compare_speed, probe_sizes, shared_examples
 from modelport_server.options import ServerOptions
@@ -96,6 +96,7 @@ class ModelRollout:
         self._ended_at_s: dict[datetime, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading: set[asyncio.Task[None]] = set()
+        """Those of its tasks that nobody waits for when the server stops."""
         self._warned: set[str] = set()
         self._logged = ""
         self._listed_generation = 0
@@ -219,7 +220,7 @@ class ModelRollout:
             self._begin_to_load(tracked)
         elif action.verb is Verb.COMPARE:
             tracked.comparing = True
-            self._spawn(self._compare(tracked))
+            self._loading.add(self._spawn(self._compare(tracked)))
         elif action.verb is Verb.ABANDON:
             self._abandon(tracked)
         elif action.verb is Verb.SERVE:
@@ -255,9 +256,10 @@ class ModelRollout:
             details |= {"rollout": rollout.id, "phase": rollout.phase.value, "step": rollout.step}
         verdict = self._bake.verdict(self.desired)
         reason = verdict.reason if verdict is not None else ""
+        worse = verdict is not None and verdict.kind is VerdictKind.WORSE
         details |= dict(verdict.figures) if verdict is not None else {}
         if action.verb is Verb.ROLL_BACK:
-            reason = reason or "its folder is gone"
+            reason = reason if worse else "its folder is gone"
             back = partial(transitions.reject, version=number, gate="bake", reason=reason, now=now, actor=actor)
             return Decision(back, "rolled back", number, reason, details)
         if action.verb is Verb.COMPLETE:
@@ -348,9 +350,14 @@ class ModelRollout:
             await self._lose(tracked, SIGNATURE, str(error))
         except RejectedError as error:
             await self._lose(tracked, error.gate, str(error))
+        except (IntegrityError, InvalidModelError) as error:
+            await self._lose(tracked, INTEGRITY, str(error))
         except (ModelportError, OSError) as error:
             _log.warning("%s@%d: can't be compared now: %s", self._name, tracked.version, error)
             await asyncio.sleep(_FIRST_RETRY_S)
+        except Exception:  # else it would be tried again at once, for ever
+            _log.exception("%s@%d: comparing failed", self._name, tracked.version)
+            await self._lose(tracked, SPEED, "the server failed to compare it; its log says more")
         else:
             tracked.compared = rollout.id
         finally:
@@ -361,24 +368,21 @@ class ModelRollout:
 
         Raises:
             RejectedError: if it is too slow.
+            NotMeasurableError: if it can't be told now.
         """
         stable = self._stable_beside(tracked.version)
         beside = stable.servable if stable is not None else None
         golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
-        try:
-            async with asyncio.timeout(self._options.engine.speed_timeout_s):
-                result = await compare_speed(
-                    beside,
-                    servable,
-                    shared_examples(golden, beside.manifest.signatures, servable.manifest.signatures) if beside else {},
-                    batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
-                    sizes=probe_sizes(self._options.batch.max_batch_size),
-                    max_ratio=self.desired.policy.max_speed_ratio,
-                    model=self._name,
-                )
-        except TimeoutError:
-            limit_s = self._options.engine.speed_timeout_s
-            result = GateResult(SPEED, Outcome.FAILED, limit_s, {}, f"took more than {limit_s:g} s")
+        result = await compare_speed(
+            beside,
+            servable,
+            shared_examples(golden, beside.manifest.signatures, servable.manifest.signatures) if beside else {},
+            batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
+            sizes=probe_sizes(self._options.batch.max_batch_size),
+            max_ratio=self.desired.policy.max_speed_ratio,
+            limit_s=self._options.engine.speed_timeout_s,
+            model=self._name,
+        )
         tracked.gates = (*(gate for gate in tracked.gates if gate.gate != SPEED), result)
         if result.outcome is Outcome.FAILED:
             raise RejectedError(SPEED, result.reason, tracked.gates)
@@ -518,7 +522,7 @@ class ModelRollout:
         tracked = self._versions.get(wanted) if wanted is not None else None
         if wanted is None or (tracked is not None and tracked.state is not State.REJECTED):
             return
-        what = "pin" if self.desired.pin is not None else "alias 'stable'"
+        what = "pin" if self.desired.pin == wanted else "alias 'stable'"
         text = f"{self._name}: the {what} names version {wanted}, which " + (
             "does not exist" if tracked is None else "was rejected"
         )

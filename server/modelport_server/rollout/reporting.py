@@ -47,7 +47,9 @@ def explain_idle(name: str, versions: Versions, desired: Desired) -> None:
     wanted = in_charge(desired)
     if wanted is None:
         return
-    why = f"version {wanted} is pinned" if desired.pin is not None else f"version {wanted} is in charge"
+    why = f"version {wanted} is pinned" if desired.pin == wanted else f"version {wanted} is in charge"
+    if desired.pin not in (None, wanted):
+        why += f", and version {desired.pin}, which is pinned, was rejected"
     if desired.pin is None and desired.policy.manual:
         why += f"; start it with: modelport rollout start {name} VERSION"
     candidate = desired.rollout.version if desired.rollout is not None else None

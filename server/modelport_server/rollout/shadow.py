@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 import numpy as np
 
 from modelport.exceptions import ModelportError
+from modelport.names import DEFAULT_SIGNATURE
 from modelport.tensors import array_from_bytes
 from modelport_registry import JSON, RolloutPolicy
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
 from modelport_server.errors import InvalidCallError
 from modelport_server.rollout.comparison import Verdict, VerdictKind
+from modelport_server.rollout.sequential import ODDS
 from modelport_server.rollout.spare import SpareTime
 from modelport_server.servable import Servable
 from modelport_server.tensors import RawTensor
@@ -24,19 +26,52 @@ _MAX_UNDER_WAY = 2
 _PATIENCE_S = 5.0
 _MAX_ROWS = 1024
 """A larger call is compared in its first rows."""
+_UNITS = 4.0
+"""How many independent rows those of one call count for at most: callers send what is alike together."""
+_FALSE_ALARM = 1e-5
+"""How likely an output that agrees often enough is said not to, over all looks at it."""
+_SUSPICION = 0.05
 
 
 @dataclass(slots=True)
 class Agreement:
-    """How many rows of one output came out alike."""
+    """How many rows of one output came out alike, and how much speaks for their being too few.
+
+    Bets that rows agree too seldom, one on each of ``ODDS``, made before each call is seen: see ``sequential``.
+    """
 
     rows: int = 0
     agreed: int = 0
+    bets: list[float] = field(default_factory=lambda: [0.0] * len(ODDS))
+    """Their logarithms."""
+
+    def add(self, rows: int, agreed: int, least: float) -> None:
+        """Counts a call.
+
+        Args:
+            rows: how many rows it had.
+            agreed: how many of them came out alike.
+            least: which share of all rows has to.
+        """
+        if not rows:
+            return
+        self.rows += rows
+        self.agreed += agreed
+        weight = min(1.0, _UNITS / rows)
+        for index, odds in enumerate(ODDS):
+            won = (rows - agreed) * math.log(odds) - rows * math.log1p((1 - least) * (odds - 1))
+            self.bets[index] += weight * won
 
     @property
     def share(self) -> float:
         """The share of the rows that agreed; 1 where there was none."""
         return self.agreed / self.rows if self.rows else 1.0
+
+    def too_seldom(self, least: float, chance: float) -> bool:
+        """Returns whether rows agree in less than ``least``, unless it is by a chance of ``chance`` at most."""
+        highest = max(self.bets)
+        log_e = highest + math.log(sum(math.exp(bet - highest) for bet in self.bets) / len(self.bets))
+        return self.share < least and log_e >= math.log(1 / chance)
 
 
 class Shadow:
@@ -64,7 +99,7 @@ class Shadow:
         self._policy = policy
         self._owed = 0.0
         self._under_way: set[asyncio.Future[Answer]] = set()
-        self._is_idle = is_idle or SpareTime(candidate.pid).there_is
+        self._is_idle = is_idle or SpareTime(lambda: candidate.pid).there_is
         self._agreement: dict[str, Agreement] = {}
         self._scheduled = 0
         self._copied = 0
@@ -96,28 +131,27 @@ class Shadow:
             self.candidate.submit(copy)
         except InvalidCallError:  # what callers send is not for it
             self._failed += 1
-            self._compare(answer, {})
+            self._compare(call.signature, answer, {})
             return
         except ModelportError:
             self._failed += 1
             return
         self._copied += 1
         self._under_way.add(copy.future)
-        copy.future.add_done_callback(lambda future: self._on_answer(answer, future))
+        copy.future.add_done_callback(lambda future: self._on_answer(call.signature, answer, future))
 
-    def _on_answer(self, answer: Answer, future: asyncio.Future[Answer]) -> None:
+    def _on_answer(self, signature: str, answer: Answer, future: asyncio.Future[Answer]) -> None:
         self._under_way.discard(future)
         if future.cancelled() or future.exception() is not None:
             self._failed += 1
             return
-        self._compare(answer, {tensor.name: tensor for tensor in future.result().outputs})
+        self._compare(signature, answer, {tensor.name: tensor for tensor in future.result().outputs})
 
-    def _compare(self, answer: Answer, given: Mapping[str, RawTensor]) -> None:
+    def _compare(self, signature: str, answer: Answer, given: Mapping[str, RawTensor]) -> None:
         for tensor in answer.outputs:
-            found = self._agreement.setdefault(tensor.name, Agreement())
-            rows, agreed = agreeing_rows(tensor, given.get(tensor.name))
-            found.rows += rows
-            found.agreed += agreed
+            name = tensor.name if signature == DEFAULT_SIGNATURE else f"{signature}/{tensor.name}"
+            found = self._agreement.setdefault(name, Agreement())
+            found.add(*agreeing_rows(tensor, given.get(tensor.name)), self._policy.min_agreement)
 
     def judge(self, found: Verdict) -> Verdict:
         """Returns what is to be made of the candidate, given what the comparison without the answers found."""
@@ -135,30 +169,19 @@ class Shadow:
         return Verdict(kind, reason, figures)
 
     def _judge_agreement(self, kind: VerdictKind, reason: str) -> tuple[VerdictKind, str]:
-        least = self._policy.min_agreement
+        least, enough = self._policy.min_agreement, self._policy.min_calls
         for name, one in sorted(self._agreement.items()):
-            if upper_bound(one.agreed, one.rows) < least:
+            if one.too_seldom(least, _FALSE_ALARM):
                 text = f"output {name!r} agrees in {one.share:.2%} of {one.rows} rows, below {least:.2%}"
                 return VerdictKind.WORSE, text
-        fewest = min((one.rows for one in self._agreement.values()), default=0)
-        if fewest < self._policy.min_calls:
-            return VerdictKind.WAITING, f"{fewest} of {self._policy.min_calls} rows compared"
-        if any(one.share < least for one in self._agreement.values()):
+        # Of the signature that is called most: one that nobody calls would hold up the rollout for ever.
+        most = max((one.rows for one in self._agreement.values()), default=0)
+        if most < enough:
+            return VerdictKind.WAITING, f"{most} of {enough} rows compared"
+        doubtful = (one for one in self._agreement.values() if one.rows >= enough or one.too_seldom(least, _SUSPICION))
+        if any(one.share < least for one in doubtful):
             return VerdictKind.DOUBTFUL, "too few rows to tell whether the outputs agree"
         return kind, reason
-
-
-def upper_bound(agreed: int, rows: int, z: float = 5.0) -> float:
-    """Returns the upper end of Wilson's interval for a share (Wilson 1927), 1 without any rows.
-
-    ``z`` is as wide as it is because the bound is looked at several times a second.
-    """
-    if not rows:
-        return 1.0
-    share, n = agreed / rows, rows
-    middle = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle + spread) / (1 + z * z / n)
 
 
 def agreeing_rows(left: RawTensor, right: RawTensor | None) -> tuple[int, int]:

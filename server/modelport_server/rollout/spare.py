@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
@@ -18,13 +19,14 @@ class SpareTime:
     be idle without it.
 
     Args:
-        pid: the process that uses the spare time; 0 for none.
+        pid_of: returns the process that uses the spare time, which may be another one later; 0 for none.
     """
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, pid_of: Callable[[], int]) -> None:
+        self._pid_of = pid_of
+        self._pid = pid_of()
         self._looked_at_s = monotonic()
-        self._before = (_idle_s(), _used_s(pid))
+        self._before = (_idle_s(), _used_s(self._pid))
         self._spare = False
 
     def there_is(self) -> bool:
@@ -32,7 +34,9 @@ class SpareTime:
         now = monotonic()
         passed_s = now - self._looked_at_s
         if passed_s >= _LOOK_S:
-            seen = (_idle_s(), _used_s(self._pid))
+            if (pid := self._pid_of()) != self._pid:  # started again: its time begins at nothing
+                self._pid, self._before = pid, (self._before[0], 0.0)
+            seen = (_idle_s(), _used_s(pid))
             free_s = sum(after - before for after, before in zip(seen, self._before, strict=True))
             self._spare = free_s / passed_s >= _LEAST_SPARE_CORES
             self._looked_at_s, self._before = now, seen
