@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,41 @@ def test_a_model_that_takes_no_zeros_is_not_at_fault() -> None:
             raise EngineError("zeros")
 
     assert _warm_up(Fussy()) == WarmedUp()
+
+
+class Narrow(Machine):
+    """A model that takes three rows at most in one call."""
+
+    def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if len(inputs["x"]) > 3:
+            raise EngineError("more than 3 rows")
+        return super().run(signature, inputs)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"golden": [Golden("serving_default", {"x": X[:3]}, {"y": X[:3]})]},
+        {"requests": [("serving_default", {"x": X[:3]})]},
+    ],
+    ids=["golden", "request"],
+)
+def test_a_model_that_fails_at_a_batch_size_that_will_be_used(given: Any) -> None:
+    with pytest.raises(WarmUpError, match="the model fails on a batch of 4 of its published inputs: more than 3"):
+        _warm_up(Narrow(), **given)
+
+
+def test_a_model_that_takes_no_batch_of_zeros_is_not_at_fault() -> None:
+    assert _warm_up(Narrow()).batch_sizes == {1, 2}
+
+
+def test_a_model_that_fails_on_its_golden_examples_again() -> None:
+    class Flaky(Machine):
+        def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+            raise EngineError("not again")
+
+    with pytest.raises(WarmUpError, match="fails on its published inputs: not again"):
+        _warm_up(Flaky(), golden=[GOLDEN], batched=False)
 
 
 def test_the_first_and_the_last_single_row_are_timed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import numpy as np
 from modelport_registry import JSON, Golden, SignatureSpec
 from modelport_server.engines.protocol import Array, Engine, EngineError
 
-_FEWEST_RUNS = 2
 _MOST_RUNS = 8
 _STABLE_GAIN = 0.1
 """A size is warm when a run is not shorter than the shortest before it by more than this share."""
@@ -28,7 +28,7 @@ Request = tuple[str, Inputs]
 
 
 class WarmUpError(Exception):
-    """The model fails on a request that it was published with."""
+    """The model fails on inputs that it was published with."""
 
 
 class TimedEngine:
@@ -116,7 +116,8 @@ class WarmUp:
         """Warms the engine up.
 
         Raises:
-            WarmUpError: if the model fails on one of ``requests`` as it was published.
+            WarmUpError: if the model fails on inputs of ``golden`` or ``requests``, at a size that is not left cold,
+                or if a request does not fit the model.
         """
         began = self.clock()
         repeat_until, end_by = began + self.limit_s * _REPEATS_SHARE, began + self.limit_s * _RUNS_SHARE
@@ -125,8 +126,12 @@ class WarmUp:
         for spec in self.signatures.values():
             given = [example.inputs for example in golden if example.signature == spec.name]
             given += [inputs for signature, inputs in requests if signature == spec.name]
-            for inputs in _kinds(given) or _zeros(spec):
+            for inputs in _kinds(given):
                 self._every_size(spec.name, inputs, repeat_until, end_by)
+            if not given:
+                with contextlib.suppress(WarmUpError):  # nobody said that the model takes zeros
+                    for inputs in _zeros(spec):
+                        self._every_size(spec.name, inputs, repeat_until, end_by)
         return self.done
 
     def _request(self, number: int, signature: str, inputs: Inputs) -> None:
@@ -151,8 +156,9 @@ class WarmUp:
                 continue
             try:
                 spent_s = self._until_stable(signature, _resized(inputs, size), repeat_until)
-            except EngineError:  # it takes no zeros, or not this many rows: callers hear of that by themselves
-                return
+            except EngineError as error:
+                what = f"a batch of {size} of its published inputs" if size else "its published inputs"
+                raise WarmUpError(f"{signature}: the model fails on {what}: {error}") from error
             if size:
                 row_s = spent_s / size
                 self.done.batch_sizes.add(size)
@@ -160,11 +166,11 @@ class WarmUp:
     def _until_stable(self, signature: str, inputs: Inputs, repeat_until: float) -> float:
         """Returns the shortest time that a run took, in seconds."""
         best_s = self._run(signature, inputs)
-        for number in range(2, _MOST_RUNS + 1):
+        for _ in range(1, _MOST_RUNS):
             if self.clock() > repeat_until:
                 break
             spent_s = self._run(signature, inputs)
-            stable = number >= _FEWEST_RUNS and spent_s > best_s * (1 - _STABLE_GAIN)
+            stable = spent_s > best_s * (1 - _STABLE_GAIN)
             best_s = min(best_s, spent_s)
             if stable:
                 break
