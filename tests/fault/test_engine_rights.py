@@ -89,6 +89,40 @@ print(json.dumps([priority.can_return, made[0], lowered, raised, again, restored
 """
 
 
+_CORES = """
+import json, os, sys, threading
+from modelport_server.engines._system import Priority
+
+if sys.argv[1] != "0":
+    os.setgroups([])
+    os.setgid(int(sys.argv[1]))
+    os.setuid(int(sys.argv[1]))
+done = threading.Event()
+
+def start():
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    return thread
+
+cores = lambda *threads: [len(os.sched_getaffinity(thread.native_id)) for thread in threads]
+main, waiting = threading.main_thread(), start()
+priority = Priority()
+priority.lower()
+lowered = cores(main, waiting, start())
+with priority.on_all_cores():
+    within = cores(main, start())
+after = cores(*threading.enumerate())
+with priority.raised_after(0.01):
+    while min(cores(*threading.enumerate())) < int(sys.argv[2]):
+        done.wait(0.01)
+again = cores(*threading.enumerate())
+priority.restore()
+restored = cores(*threading.enumerate())
+done.set()
+print(json.dumps([lowered, within, [sorted(set(found)) for found in (after, again, restored)]]))
+"""
+
+
 def _run(code: str, *arguments: object) -> Any:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,6 +146,14 @@ def test_no_socket_leaves_the_machine_and_all_else_works() -> None:
 def test_a_process_that_may_comes_back_as_a_whole() -> None:
     ordinary = os.getpriority(os.PRIO_PROCESS, 0)
     assert _run(_PRIORITY, 0) == [True, 19, [19, 19], ordinary, 19, [ordinary]]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is no core to leave to others")
+@pytest.mark.parametrize("user", [0, 65534] if os.geteuid() == 0 else [0])
+def test_work_that_can_wait_leaves_cores_to_others_and_comes_back_to_them(user: int) -> None:
+    every = len(os.sched_getaffinity(0))
+    fewer = every - max(1, every // 4)
+    assert _run(_CORES, user, every) == [[fewer] * 3, [every] * 2, [[fewer], [fewer], [every]]]
 
 
 def test_a_process_that_may_not_keeps_its_own_threads_as_they_are() -> None:

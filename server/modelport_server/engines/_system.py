@@ -10,7 +10,7 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -49,14 +49,16 @@ def _libc() -> ctypes.CDLL:
 
 
 class Priority:
-    """Lowers this process's priority and raises it again.
+    """Lowers this process's priority and raises it again, and keeps it off some cores meanwhile.
 
     Where the process may not raise it, only the work that it is given runs at the lowest priority, on
-    threads that end with it; threads that the work makes keep the ordinary one.
+    threads that end with it; threads that the work makes keep the ordinary one. It may always go back to
+    all cores.
     """
 
     def __init__(self) -> None:
         self._ordinary = os.getpriority(os.PRIO_PROCESS, 0)
+        self._cores = os.sched_getaffinity(0)
         self._can_return = self._try_on_a_thread()
 
     @property
@@ -79,14 +81,21 @@ class Priority:
         return bool(allowed)
 
     def lower(self) -> None:
-        """Gives every thread the lowest priority; those that are made later inherit it."""
-        if self._can_return:
-            _set_all(_LOWEST)
+        """Gives every thread the lowest priority and fewer cores; those that are made later inherit both."""
+        _set_all(_LOWEST if self._can_return else None, _fewer(self._cores))
 
     def restore(self) -> None:
-        """Gives every thread the priority that the process began with."""
-        if self._can_return:
-            _set_all(self._ordinary)
+        """Gives every thread the priority and the cores that the process began with."""
+        _set_all(self._ordinary if self._can_return else None, self._cores)
+
+    @contextmanager
+    def on_all_cores(self) -> Generator[None]:
+        """Lets the present thread use all cores within, and any that it makes as long as it is not lowered again."""
+        os.sched_setaffinity(0, self._cores)
+        try:
+            yield
+        finally:
+            self.lower()
 
     @contextmanager
     def raised_after(self, seconds: float) -> Generator[None]:
@@ -141,11 +150,24 @@ def threads() -> list[int]:
     return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
 
 
-def _set_all(nice: int) -> None:
+def _set_all(nice: int | None, cores: Set[int]) -> None:
     for _ in range(2):  # one that was made meanwhile has its maker's priority, which may be the old one
         for thread in threads():
             with suppress(ProcessLookupError):
-                _set_priority(thread, nice)
+                if nice is not None:
+                    _set_priority(thread, nice)
+                os.sched_setaffinity(thread, cores)
+
+
+def _fewer(cores: Set[int]) -> Set[int]:
+    """Returns the cores that work which can wait may use: a quarter of them, but at least one, is left to callers.
+
+    Priority alone is not enough: a kernel that preempts lazily lets whatever computes go on until its next
+    tick, for milliseconds, though somebody more important has woken up.
+    """
+    if len(cores) == 1:
+        return cores
+    return frozenset(sorted(cores)[max(1, len(cores) // 4) :])
 
 
 # seccomp: <linux/filter.h>, <linux/seccomp.h>, <linux/audit.h>

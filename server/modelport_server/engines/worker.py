@@ -122,7 +122,7 @@ class _Loading:
         self._threads = int(document["threads"])
         self._limits_s: Mapping[str, float] = document["limits_s"]
         self._registry = Registry(order.root)
-        self._path = self._registry.path(order.model, order.version)
+        self._path = Path()
         self._priority = Priority()
 
     def run(self) -> Engine:
@@ -190,6 +190,7 @@ class _Loading:
 
     def _verify(self) -> Manifest:
         try:
+            self._path = self._registry.path(self._order.model, self._order.version)
             return self._registry.verify(self._order.model, self._order.version)
         except (IntegrityError, InvalidModelError) as error:
             raise _RejectedError(str(error)) from error
@@ -222,7 +223,8 @@ class _Loading:
     def _load(self, manifest: Manifest) -> Engine:
         self._priority.run(_import_engine)
         # On this thread, because the engine's thread pools take on the priority of the one that makes them.
-        engine = _new_engine(self._threads)
+        with self._priority.on_all_cores():  # it makes as many threads as there are cores
+            engine = _new_engine(self._threads)
         try:
             self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
         except EngineError as error:
@@ -276,6 +278,8 @@ class _Loading:
             return read_warmup_requests(self._path / WARMUP_REQUESTS)
         except WarmUpRequestsError as error:
             raise _RejectedError(str(error)) from error
+        except OSError as error:
+            raise _UnreadableError(str(error)) from error
 
 
 def _write_outputs(region: Region, outputs: Mapping[str, Array]) -> tuple[list[list[object]], int]:

@@ -91,13 +91,14 @@ def read_warmup_log(path: Path, *, max_requests: int = MAX_REQUESTS, max_bytes: 
 
     Raises:
         WarmUpRequestsError: if it is damaged, too large, or holds what no caller can send.
+        OSError: if the storage fails.
     """
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except FileNotFoundError:
         return WarmUpLog([], 0)
-    except OSError as exc:
+    except (IsADirectoryError, NotADirectoryError) as exc:  # so it was published; other failures are the storage's
         raise WarmUpRequestsError(f"the warm-up requests can't be read: {exc.strerror}") from exc
     if len(data) > max_bytes:
         raise WarmUpRequestsError(f"the warm-up requests take more than {max_bytes >> 20} MiB: keep fewer of them")
