@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,9 +23,10 @@ import pytest_asyncio
 
 from modelport_registry import Registry
 from modelport_server.engines import spawner as spawners
-from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError
+from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.spawner import Child, Spawner
-from modelport_server.gates.result import GATES, Outcome
+from modelport_server.gates.result import GATES, SAFETY, Outcome
+from modelport_server.gates.warmup_requests import WARMUP_REQUESTS
 from modelport_server.options import MIB, BatchLimits, EngineLimits
 from modelport_server.servable import Servable
 from tests.support.bad_versions import bad_golden, doubler_golden
@@ -199,6 +201,30 @@ async def test_an_engine_that_is_killed_is_rejected_at_the_gate_that_it_was_in(
     error = await _rejection(root, _order(root), EngineLimits(threads=1), spawner, kill)
     assert error.gate in (gate, "safety") if gate == "integrity" else error.gate == gate
     assert str(error) == "the engine process ended: SIGKILL"
+
+
+async def test_a_version_that_is_gone_is_not_rejected(root: Path, either: Spawner) -> None:
+    engine = EngineProcess(EngineLimits(threads=1), _no_state, either)
+    with pytest.raises(UnreadableError, match="no version 2"):
+        await engine.load(_order(root, version=2))
+    await engine.stop()
+
+
+async def test_a_version_whose_warm_up_requests_the_storage_fails_at_is_not_rejected(
+    root: Path, spawner: Spawner, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "registry")
+    requests = Registry(tmp_path / "registry").path(GOOD, 1) / WARMUP_REQUESTS
+
+    def fail_after_integrity(gate: str) -> None:
+        if gate == SAFETY:
+            requests.parent.mkdir()
+            requests.symlink_to(requests.name)
+
+    engine = EngineProcess(EngineLimits(threads=1), _no_state, spawner, fail_after_integrity)
+    with pytest.raises(UnreadableError, match="symbolic links"):
+        await engine.load(_order(tmp_path / "registry"))
+    await engine.stop()
 
 
 async def test_threads_are_limited(root: Path, spawner: Spawner) -> None:

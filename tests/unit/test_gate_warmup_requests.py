@@ -72,8 +72,15 @@ def test_no_file_means_no_requests(tmp_path: Path) -> None:
     assert read_warmup_requests(tmp_path / "none") == []
     (tmp_path / "empty").write_bytes(b"")
     assert read_warmup_requests(tmp_path / "empty") == []
-    with pytest.raises(WarmUpRequestsError, match="can't be read"):
-        read_warmup_requests(tmp_path)
+    for path in (tmp_path, tmp_path / "empty" / "requests"):
+        with pytest.raises(WarmUpRequestsError, match="can't be read"):
+            read_warmup_requests(path)
+
+
+def test_what_the_storage_fails_at_says_nothing_about_the_version(tmp_path: Path) -> None:
+    (tmp_path / "requests").symlink_to("requests")
+    with pytest.raises(OSError, match="symbolic links"):
+        read_warmup_requests(tmp_path / "requests")
 
 
 Edit = Callable[[pb.TensorProto], object]
