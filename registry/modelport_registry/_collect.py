@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelport_registry._files import try_lock
-from modelport_registry._folder import ModelFolder
+from modelport_registry._folder import Change, ModelFolder
 from modelport_registry._types import State
 
 
@@ -99,15 +99,19 @@ def _wanted(state: State) -> set[int | None]:
 def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitStack) -> list[Path]:
     if not versions:
         return []
+    *others, highest = versions
     state = folder.state()
     rejected = {number: one for number, one in state.rejected.items() if number not in versions}
-    changed = replace(state, collected=max(state.collected, *versions), rejected=rejected)
+    changed = replace(state, collected=max(state.collected, highest), rejected=rejected)
     if changed != state:
-        folder.write_state(state, changed)
+        folder.change(state, changed, Change(action="collect", version=highest))
+    else:
+        folder.record("collect", version=highest)
+    for version in others:
+        folder.record("collect", version=version)
     staging = folder.staging / uuid.uuid4().hex
     locks.callback(os.close, folder.make_staging(staging))
     for version in versions:
-        folder.record("collect", version=version)
         folder.version(version).rename(staging / str(version))
     folder.fsync()
     return [staging]

@@ -29,6 +29,7 @@ from modelport_registry._files import (
     write_file,
 )
 from modelport_registry._folder import Change, ModelFolder
+from modelport_registry._json import JSON
 from modelport_registry._manifest import (
     FORMAT,
     GOLDEN,
@@ -258,14 +259,12 @@ def _settle(folder: ModelFolder, request: Request, manifest: Manifest) -> None:
 
 
 def _point(folder: ModelFolder, aliases: Sequence[str], number: int) -> None:
-    """Points all aliases at once, with a line in the journal for each."""
+    """Points all aliases at once, in one change."""
     state = wanted = folder.state()
-    *others, last = aliases
     for alias in aliases:
         wanted = transitions.point(wanted, alias, number, datetime.now(UTC))
-    for alias in others:
-        folder.record("alias", version=number, details={"alias": alias})
-    folder.change(state, wanted, Change(action="alias", version=number, details={"alias": last}))
+    details: dict[str, JSON] = {"alias": aliases[0]} if len(aliases) == 1 else {"aliases": aliases}
+    folder.change(state, wanted, Change(action="alias", version=number, details=details))
 
 
 def _warnings(draft: Draft) -> tuple[str, ...]:

@@ -371,6 +371,27 @@ class TestJournal:
         reasons = [(entry.action, entry.reason) for entry in registry.journal(MODEL)][-3:]
         assert reasons == [("rollout started", "in effect"), ("verified", ""), ("promoted", "")]
 
+    def test_what_was_announced_in_vain_stays_left_out_after_a_collection(self, registry: Registry) -> None:
+        path = registry.root / MODEL / "state.json"
+        before = path.read_bytes()
+        registry.start_rollout(MODEL, 3, reason="in vain")
+        path.write_bytes(before)
+        assert registry.collect_garbage(MODEL, keep=1).removed == {MODEL: (2,)}
+        policy, collected = registry.journal(MODEL)[-2:]
+        assert (policy.action, collected.action, collected.version) == ("policy", "collect", 2)
+        assert collected.details["new_generation"] == registry.state(MODEL).generation
+
+    def test_what_was_announced_in_vain_stays_left_out_after_aliases(self, registry: Registry, tmp_path: Path) -> None:
+        """All aliases of a publish are one change, so that none of them is said that was not made."""
+        registry.publish(MODEL, tmp_path / "model", aliases=["best", "tall"])
+        entry = registry.journal(MODEL)[-1]
+        assert (entry.action, entry.details["aliases"]) == ("alias", ["best", "tall"])
+        path = registry.root / MODEL / "state.json"
+        before = path.read_bytes()
+        registry.publish(MODEL, tmp_path / "model", aliases=["best", "tall"])
+        path.write_bytes(before)
+        assert [entry.action for entry in registry.journal(MODEL)][-3:] == ["publish", "alias", "publish"]
+
     def test_it_can_be_read_when_the_state_is_damaged(self, registry: Registry) -> None:
         lines = len(registry.journal(MODEL))
         (registry.root / MODEL / "state.json").write_text("{")
