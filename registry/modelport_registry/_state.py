@@ -14,6 +14,7 @@ from modelport_registry._names import is_version, parse_version
 from modelport_registry._policy import RolloutPolicy, read_step
 from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
 from modelport_registry._types import State
+from modelport_registry.transitions import OUTCOMES
 
 _KNOWN = {
     "format",
@@ -101,6 +102,8 @@ def _rollout(fields: Fields) -> Rollout:
 
 
 def _ended(fields: Fields) -> Ended:
+    if fields.text("outcome") not in OUTCOMES:
+        raise fields.wrong("outcome")
     return Ended(
         _version(fields, "version"),
         _optional_version(fields, "previous"),

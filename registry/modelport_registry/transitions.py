@@ -18,7 +18,7 @@ from modelport_registry._types import State
 STABLE = "stable"
 """The alias of the version in charge."""
 
-PROMOTED, REJECTED, ROLLED_BACK, REPLACED = "promoted", "rejected", "rolled back", "replaced"
+OUTCOMES = PROMOTED, REJECTED, ROLLED_BACK, REPLACED = "promoted", "rejected", "rolled back", "replaced"
 
 _MAX_REASON = 500
 """Characters of a reason that the state keeps."""

@@ -293,6 +293,16 @@ class TestWatch:
                 with pytest.raises(NotFoundError):
                     await self._until(statuses, is_idle)
 
+    async def test_an_error_that_nobody_foresaw_stays_in_the_log(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with serving(tmp_path) as (service, client):
+            service.say(replace(IDLE, last_version=1, last_outcome="lost"))
+            with pytest.raises(InternalError, match=r"internal error [0-9a-f]{12}") as caught:
+                await anext(client.rollouts.watch("m"))
+        assert "LOST" not in str(caught.value)
+        assert "LOST" in caplog.text
+
     async def test_ends_when_the_server_drains(self, tmp_path: Path) -> None:
         async with serving(tmp_path) as (service, client):
             service.say(BUSY)

@@ -31,6 +31,7 @@ from modelport_registry import (
 from tests.support.saved_models import write_fake_saved_model
 
 MODEL = "digits"
+AT = "2026-01-01T00:00:00+00:00"
 CANARY = RolloutPolicy(strategy=(Strategy.CANARY,))
 
 
@@ -253,6 +254,7 @@ class TestState:
             ("policy", {"canary_steps": [{"kind": "canary", "share": 10**400, "bake_s": 1}]}),
             ("last", {"version": 1}),
             ("last", 1),
+            ("last", {"version": 1, "previous": None, "outcome": "lost", "reason": "", "at": AT}),
             ("rollout", {}),
             ("rollout", {"phase": "over"}),
             ("rollout", {"steps": 1}),

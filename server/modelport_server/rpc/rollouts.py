@@ -11,7 +11,7 @@ from typing import Any
 
 from modelport.v1 import rollout_pb2 as pb
 from modelport_registry import Registry, State
-from modelport_server.errors import NotAllowedError, ServeError, UnknownNameError
+from modelport_server.errors import NotAllowedError, UnknownNameError
 from modelport_server.once import Signal
 from modelport_server.rollout.status import RolloutStatus, StatusBoard
 from modelport_server.rpc._grpc import Context, generic_handler
@@ -75,7 +75,7 @@ class RolloutService:
             model = parse(pb.WatchRolloutRequest, raw).model
             async for status in self._news(model, drained):
                 yield pb.WatchRolloutResponse(status=status_message(status)).SerializeToString()
-        except ServeError as error:
+        except Exception as error:  # status_of logs what it does not know
             await abort(context, error)
         finally:
             unsubscribe()
