@@ -158,6 +158,8 @@ class RolloutInfo:
     """How the last rollout ended."""
     rejected: Mapping[int, Rejection]
     """The versions that are not tried again unless they are approved."""
+    considered: int | None = None
+    """The highest version that ever was a candidate; by itself only a higher one becomes one."""
 
     @property
     def candidate(self) -> RolloutVersion | None:
@@ -264,6 +266,7 @@ def rollout_info(message: pb.RolloutStatus) -> RolloutInfo:
         figures=_figures(message.figures),
         last=_ended(message.last) if message.HasField("last") else None,
         rejected=MappingProxyType(rejected),
+        considered=message.considered_version or None,
     )
 
 

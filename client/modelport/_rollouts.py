@@ -254,21 +254,16 @@ def is_in_charge(status: RolloutInfo, version: int, *, manual: bool) -> bool:
 
 def _hopeless(status: RolloutInfo, version: int, *, manual: bool) -> str | None:
     under_way = None if status.rollout is None else status.rollout.version
-    start = f"start it: modelport rollout start {status.model} {version}"
-    if under_way == version:
-        return None
-    if under_way is not None and under_way > version:
-        return f"was replaced by version {under_way}, which is the candidate now"
-    if status.last is not None and status.last.version == version:
-        return f"is not in charge: its rollout has ended, {status.last.outcome}; {start}"
-    if status.stable is not None and status.stable > version:
-        return f"was passed over: version {status.stable} is in charge; {start}"
-    if status.pinned is not None:
-        unpin = f"take the pin off: modelport pin {status.model} --remove"
-        return f"will not come into service by itself: version {status.pinned} is pinned; {unpin}"
-    if manual:
-        return f"will not come into service by itself: the model's policy is manual; {start}"
-    return None
+    return progress.hopeless_text(
+        status.model,
+        version,
+        under_way=under_way,
+        last=None if status.last is None else (status.last.version, status.last.outcome),
+        pinned=status.pinned,
+        manual=manual,
+        newer=under_way if under_way is not None and under_way > version else None,  # others are not known here
+        tried=None if status.stable is None else max(status.stable, status.considered or 0),
+    )
 
 
 def phase_text(status: RolloutInfo, version: int) -> str:

@@ -60,6 +60,46 @@ def calls_text(calls: int, least: int) -> str:
     return f"{calls:,} of {least:,} calls" if calls < least else f"{calls:,} calls"
 
 
+def hopeless_text(
+    model: str,
+    version: int,
+    *,
+    under_way: int | None,
+    last: tuple[int, str] | None,
+    pinned: int | None,
+    manual: bool,
+    newer: int | None,
+    tried: int | None,
+) -> str | None:
+    """Returns why a version will not come into service by itself, and what to do; None while it may.
+
+    Args:
+        model: the model's name.
+        version: the version; it is neither in charge nor rejected.
+        under_way: the version that is being rolled out or watched.
+        last: the version whose rollout ended last, and how.
+        pinned: the version that is pinned.
+        manual: whether the model's policy is.
+        newer: a higher version that was not rejected; it goes first.
+        tried: the highest version that was in charge or a candidate; None while none is in charge.
+    """
+    start = f"start it: modelport rollout start {model} {version}"
+    if under_way == version:
+        return None
+    if last is not None and last[0] == version:
+        return f"is not in charge: its rollout has ended, {last[1]}; {start}"
+    if pinned is not None:
+        unpin = f"take the pin off: modelport pin {model} --remove"
+        return f"will not come into service by itself: version {pinned} is pinned; {unpin}"
+    if manual:
+        return f"will not come into service by itself: the model's policy is manual; {start}"
+    if newer is not None:
+        return f"was passed over: version {newer} goes before it; {start}"
+    if tried is not None and version <= tried:
+        return f"was passed over: version {tried} was tried before it; {start}"
+    return None
+
+
 def turn_text(version: int, *, watched: bool) -> str:
     """Returns that another version goes first: one that is being rolled out, or was only just."""
     if watched:

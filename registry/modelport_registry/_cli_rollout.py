@@ -448,6 +448,7 @@ def _info(model: str, state: State) -> RolloutInfo:
         figures={},
         last=None if last is None else EndedRollout(version=last.version, outcome=last.outcome, reason=last.reason),
         rejected={n: Rejection(gate=r.gate, reason=r.reason) for n, r in state.rejected.items()},
+        considered=state.considered or None,
     )
 
 

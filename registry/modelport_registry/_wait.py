@@ -161,21 +161,15 @@ def _place_text(rollout: Rollout) -> str:
 
 
 def _hopeless(model: str, version: int, state: State, versions: Sequence[int]) -> str | None:
-    start = f"start it: modelport rollout start {model} {version}"
-    under_way = None if state.rollout is None else state.rollout.version
-    stable = state.aliases.get(STABLE, 0)
-    if under_way == version:
-        return None
-    if state.last is not None and state.last.version == version:
-        return f"is not in charge: its rollout has ended, {state.last.outcome}; {start}"
-    if state.pin is not None:
-        unpin = f"take the pin off: modelport pin {model} --remove"
-        return f"will not come into service by itself: version {state.pin} is pinned; {unpin}"
-    if state.policy.manual:
-        return f"will not come into service by itself: the model's policy is manual; {start}"
     newer = [number for number in versions if number > version and number not in state.rejected]
-    if newer:
-        return f"was passed over: version {newer[-1]} goes before it; {start}"
-    if stable and version <= max(stable, state.considered):
-        return f"was passed over: version {max(stable, state.considered)} was tried before it; {start}"
-    return None
+    stable = state.aliases.get(STABLE)
+    return progress.hopeless_text(
+        model,
+        version,
+        under_way=None if state.rollout is None else state.rollout.version,
+        last=None if state.last is None else (state.last.version, state.last.outcome),
+        pinned=state.pin,
+        manual=state.policy.manual,
+        newer=newer[-1] if newer else None,
+        tried=None if stable is None else max(stable, state.considered),
+    )

@@ -63,6 +63,7 @@ BUSY = RolloutStatus(
             traffic=Traffic(calls=100, errors=1, calls_per_s=9.5, p50_ms=1.0, p99_ms=2.0),
         ),
     ),
+    considered=2,
     last_version=1,
     last_outcome="rolled back",
     last_reason="bake: more errors",
@@ -115,7 +116,7 @@ async def test_a_status_arrives_whole(tmp_path: Path) -> None:
     async with serving(tmp_path) as (service, client):
         service.say(BUSY)
         info = await client.rollouts.get("m")
-    assert (info.generation, info.stable, info.verdict) == (4, 1, "fine so far")
+    assert (info.generation, info.stable, info.considered, info.verdict) == (4, 1, 2, "fine so far")
     assert dict(info.figures) == {"errors": {"stable": 0, "candidate": 1}}
     rollout = info.rollout
     assert rollout is not None

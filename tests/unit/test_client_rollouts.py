@@ -206,8 +206,14 @@ async def test_waiting_ends_when_the_version_is_in_charge() -> None:
         ),
         (pb.RolloutStatus(pinned_version=1), "IMMEDIATE", "is pinned; take the pin off: modelport pin m --remove"),
         (pb.RolloutStatus(), "MANUAL", "the model's policy is manual; start it"),
-        (pb.RolloutStatus(rollout=pb.Rollout(version=3)), "IMMEDIATE", "was replaced by version 3"),
-        (pb.RolloutStatus(stable_version=4), "IMMEDIATE", "was passed over: version 4 is in charge"),
+        (pb.RolloutStatus(rollout=pb.Rollout(version=3)), "IMMEDIATE", "was passed over: version 3 goes before it"),
+        (pb.RolloutStatus(stable_version=4), "IMMEDIATE", "was passed over: version 4 was tried before it"),
+        (
+            pb.RolloutStatus(
+                stable_version=1, considered_version=3, rejected=[pb.RejectedVersion(version=3, gate="golden")]
+            ), "IMMEDIATE",
+            "was passed over: version 3 was tried before it; start it: modelport rollout start m 2",
+        ),
         (
             pb.RolloutStatus(last=pb.EndedRollout(version=2, outcome=pb.ROLLOUT_OUTCOME_REPLACED)), "IMMEDIATE",
             "its rollout has ended, replaced",
@@ -220,7 +226,7 @@ async def test_waiting_in_vain_ends_with_why(status: pb.RolloutStatus, policy: s
     async with FakeServer(rollout=status, policy=policies) as server, AsyncClient(server.address) as client:
         with pytest.raises(RolloutError, match=text) as caught:
             await client.rollouts.wait_for_version("m", 2, timeout_s=30)
-    assert isinstance(caught.value, VersionRejectedError) == bool(status.rejected)
+    assert isinstance(caught.value, VersionRejectedError) == (2 in {one.version for one in status.rejected})
     assert "\n" not in str(caught.value)
 
 

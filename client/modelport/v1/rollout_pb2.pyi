@@ -748,6 +748,7 @@ class RolloutStatus(google.protobuf.message.Message):
     FIGURES_FIELD_NUMBER: builtins.int
     LAST_FIELD_NUMBER: builtins.int
     REJECTED_FIELD_NUMBER: builtins.int
+    CONSIDERED_VERSION_FIELD_NUMBER: builtins.int
     model: builtins.str
     generation: builtins.int
     """Of the registry's state."""
@@ -757,6 +758,8 @@ class RolloutStatus(google.protobuf.message.Message):
     """The pinned version; 0 if none is."""
     verdict: builtins.str
     """What the comparison says for now, in one line for people, and its numbers."""
+    considered_version: builtins.int
+    """The highest version that ever was a candidate; 0 before the first. By itself only a higher one becomes one."""
     @property
     def rollout(self) -> global___Rollout:
         """The rollout under way; absent if there is none."""
@@ -788,9 +791,10 @@ class RolloutStatus(google.protobuf.message.Message):
         figures: google.protobuf.struct_pb2.Struct | None = ...,
         last: global___EndedRollout | None = ...,
         rejected: collections.abc.Iterable[global___RejectedVersion] | None = ...,
+        considered_version: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["figures", b"figures", "last", b"last", "rollout", b"rollout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["figures", b"figures", "generation", b"generation", "last", b"last", "model", b"model", "pinned_version", b"pinned_version", "rejected", b"rejected", "rollout", b"rollout", "stable_version", b"stable_version", "verdict", b"verdict", "versions", b"versions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["considered_version", b"considered_version", "figures", b"figures", "generation", b"generation", "last", b"last", "model", b"model", "pinned_version", b"pinned_version", "rejected", b"rejected", "rollout", b"rollout", "stable_version", b"stable_version", "verdict", b"verdict", "versions", b"versions"]) -> None: ...
 
 global___RolloutStatus = RolloutStatus
 

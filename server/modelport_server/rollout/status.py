@@ -126,6 +126,8 @@ class RolloutStatus:
     last_reason: str = ""
     rejected: Mapping[int, str] = field(default_factory=dict[int, str])
     """Every rejected version with gate and reason."""
+    considered: int = 0
+    """The highest version that ever was a candidate; 0 before the first."""
 
 
 class StatusBoard:

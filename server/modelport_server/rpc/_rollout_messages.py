@@ -52,6 +52,7 @@ def status_message(status: RolloutStatus) -> pb.RolloutStatus:
         verdict=status.verdict,
         figures=struct(status.figures),
         rejected=[_rejected(*item) for item in sorted(status.rejected.items())],
+        considered_version=status.considered,
     )
     if status.id:
         message.rollout.CopyFrom(_rollout(status))
