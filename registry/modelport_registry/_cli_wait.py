@@ -29,7 +29,7 @@ class WaitFor:
         self._wait = wait
         self._server = server
         self._timeout_s = timeout_s
-        self._failure: RolloutError | None = None
+        self._failure: ModelportError | None = None
 
     @classmethod
     def parse(cls, wait: bool, server: str | None, timeout_s: float | None) -> WaitFor:
@@ -60,7 +60,11 @@ class WaitFor:
             raise RegistryError(f"nothing was published: {error}") from error
 
     def outcome(self, registry: Path, model: str, version: int) -> dict[str, JSON]:
-        """Waits, and returns what came of it; nothing if waiting was not asked for."""
+        """Waits, and returns what came of it; nothing if waiting was not asked for.
+
+        Errors are left to ``finish``, because the version is published and its number has to be told first.
+        ``stable`` is None where the registry or the server no longer says how it stands.
+        """
         if not self._wait:
             return {}
         try:
@@ -71,6 +75,9 @@ class WaitFor:
         except RolloutError as error:
             self._failure = error
             return {"stable": False, "reason": str(error)}
+        except ModelportError as error:
+            self._failure = error
+            return {"stable": None, "reason": str(error)}
         return {"stable": True}
 
     def finish(self) -> None:

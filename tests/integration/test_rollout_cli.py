@@ -311,6 +311,29 @@ class TestPublishAndWait:
         assert (document["version"], document["stable"], document["gate"]) == (4, False, "golden")
         assert "error: m version 4 was rejected at the gate golden: row 7" in err.decode()
 
+    async def test_what_was_published_is_told_even_if_nobody_says_what_became_of_it(self, registry: Registry) -> None:
+        process = await self.publish(registry, "--wait", "--json")
+        await self.waits(process)
+        (registry.root / "m" / "4").rename(registry.root / "elsewhere")
+        out, err = await process.communicate()
+        assert process.returncode == 1
+        document = json.loads(out)
+        assert (document["version"], document["stable"]) == (4, None)
+        assert document["reason"].startswith("m has no version 4")
+        assert f"error: {document['reason']}" in err.decode()
+
+    async def test_what_was_published_is_told_even_if_the_server_goes(self, registry: Registry) -> None:
+        async with FakeServer(versions={1, 2, 3, 4}, rollout=self.first_step()) as server:
+            process = await self.publish(registry, "--wait", "--json", "--server", server.address)
+            assert process.stderr is not None
+            while b"step 1" not in (said := await process.stderr.readline()):
+                assert said, "it ended"
+        out, err = await process.communicate()
+        assert process.returncode == 1
+        document = json.loads(out)
+        assert (document["version"], document["stable"]) == (4, None)
+        assert f"error: {document['reason']}" in err.decode()
+
     async def test_not_at_all_where_nothing_will_happen(self, registry: Registry) -> None:
         registry.set_policy("m", RolloutPolicy(strategy=(Strategy.MANUAL,)))
         process = await self.publish(registry, "--wait")
