@@ -335,6 +335,46 @@ def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
     return make
 
 
+@pytest.mark.parametrize(("status", "text"), [(3, "exit status 3"), (-9, "SIGKILL"), (-40, "signal 40")])
+async def test_every_end_has_a_name(status: int, text: str) -> None:
+    assert spawners.exit_text(status) == text
+
+
+async def test_a_zygote_that_a_real_time_signal_ended_has_a_successor(
+    light: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    light("nobody")
+    async with _started() as spawner:
+        first = spawner.pid
+        os.kill(first, signal.SIGRTMIN + 6)
+        await asyncio.to_thread(wait_for, lambda: spawner.pid not in (0, first), "another zygote")
+    assert "(signal 40), it is started again" in caplog.text
+
+
+async def test_whoever_keeps_the_zygote_is_kept_too(
+    light: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(status: int) -> str:
+        raise RuntimeError(f"no text for {status}")
+
+    monkeypatch.setattr(spawners, "exit_text", fail)
+    light("nobody")
+    async with _started() as spawner:
+        first = spawner.pid
+        os.kill(first, signal.SIGKILL)
+        await asyncio.to_thread(wait_for, lambda: spawner.pid not in (0, first), "another zygote")
+    assert "no text for -9" in caplog.text
+
+
+async def test_an_engine_that_a_real_time_signal_ended_frees_its_memory(root: Path, spawner: Spawner) -> None:
+    before = _belongings()
+    async with _loaded(root, spawner) as (engine, _):
+        os.kill(engine.pid, signal.SIGRTMIN + 6)
+        await engine.ended.wait()
+    assert engine.why == "the engine process ended: signal 40"
+    assert _belongings() == before
+
+
 @pytest.fixture
 def channel() -> Generator[tuple[socket.socket, socket.socket]]:
     """The front's end of an engine's socket pair, and the engine's."""

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 _IMPORT_S = 60.0
 _FORK_S = 30.0
 _SHORT_LIFE_S = 60.0
-_LONGEST_PAUSE_S = 60.0
+_MOST_DOUBLINGS = 6
+"""Of the pause between two zygotes that died young, which begins at a second."""
 _LONGEST_POLL_S = 0.05
 
 
@@ -301,7 +302,19 @@ class Spawner:
             _log.warning("engine processes can't be forked here: each imports TensorFlow by itself")
             return
         self._next()
+        self._begin_to_keep()
+
+    def _begin_to_keep(self) -> None:
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        self._keeper.add_done_callback(self._on_kept)
+
+    def _on_kept(self, keeper: asyncio.Task[None]) -> None:
+        """Goes on after a mistake: without a keeper there would never be another zygote."""
+        if keeper.cancelled() or (error := keeper.exception()) is None:
+            return
+        _log.error("keeping the process that engines are forked from failed, it is begun again", exc_info=error)
+        if keeper is self._keeper:
+            self._begin_to_keep()
 
     def _next(self) -> None:
         try:
@@ -311,10 +324,10 @@ class Spawner:
 
     async def stop(self) -> None:
         """Ends the zygote; the engine processes that came from it live on."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-            self._keeper = None
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
         if self._reaping is not None:
             await self._reaping
 
@@ -345,7 +358,7 @@ class Spawner:
             if zygote is not None and not await self._outlive(zygote):
                 return
             self._failures = self._failures + 1 if time.monotonic() - started < _SHORT_LIFE_S else 0
-            await asyncio.sleep(min(2.0 ** (self._failures - 1), _LONGEST_PAUSE_S) if self._failures else 0.0)
+            await asyncio.sleep(2.0 ** min(self._failures - 1, _MOST_DOUBLINGS) if self._failures else 0.0)
             self._next()
 
     async def _outlive(self, zygote: _Zygote) -> bool:
@@ -371,4 +384,9 @@ class Spawner:
 
 def exit_text(status: int) -> str:
     """Returns how a process ended, for people."""
-    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {-status}"

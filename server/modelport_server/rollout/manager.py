@@ -155,7 +155,12 @@ class RolloutManager:
                 self._waiting_for.add(name)
 
     async def stop(self) -> None:
-        """Ends every engine."""
-        await asyncio.gather(*(rollout.stop() for rollout in self._models.values()))
-        if self._spawner is not None:
-            await self._spawner.stop()
+        """Ends every engine, and what engines are forked from; a model that fails to end keeps no other from it."""
+        try:
+            ends = await asyncio.gather(*(one.stop() for one in self._models.values()), return_exceptions=True)
+            for name, error in zip(self._models, ends, strict=True):
+                if error is not None:
+                    _log.error("%s: its engines could not be ended", name, exc_info=error)
+        finally:
+            if self._spawner is not None:
+                await self._spawner.stop()
