@@ -99,7 +99,7 @@ def _wanted(state: State) -> set[int | None]:
 def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitStack) -> list[Path]:
     if not versions:
         return []
-    *others, highest = versions
+    highest = versions[-1]
     state = folder.state()
     rejected = {number: one for number, one in state.rejected.items() if number not in versions}
     changed = replace(state, collected=max(state.collected, highest), rejected=rejected)
@@ -107,11 +107,11 @@ def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitS
         folder.change(state, changed, Change(action="collect", version=highest))
     else:
         folder.record("collect", version=highest)
-    for version in others:
-        folder.record("collect", version=version)
     staging = folder.staging / uuid.uuid4().hex
     locks.callback(os.close, folder.make_staging(staging))
-    for version in versions:
+    for version in reversed(versions):
+        if version != highest:
+            folder.record("collect", version=version)
         folder.version(version).rename(staging / str(version))
     folder.fsync()
     return [staging]
