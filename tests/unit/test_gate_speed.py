@@ -100,7 +100,7 @@ async def test_equal_versions_pass_with_all_figures() -> None:
     }
     assert (batch["rows"], batch["stable_us_per_row"]) == (32, 26.25)
     assert {rows for _, rows in stable.calls} == {1, 32}
-    assert stable.calls == candidate.calls
+    assert len(candidate.calls) == len(stable.calls) + 1  # to see how long a batch takes
 
 
 async def test_a_slower_version_fails_with_one_line() -> None:
@@ -188,10 +188,10 @@ async def test_a_slow_model_is_measured_nine_times_whatever_the_budget() -> None
     assert len(stable.calls) == 10
 
 
-@pytest.mark.parametrize(("us_per_call", "rows"), [(1.0, 32), (1000.0, 19), (5000.0, 3), (100_000.0, None)])
-async def test_a_batch_is_no_longer_than_callers_may_have_to_wait(us_per_call: float, rows: int | None) -> None:
+@pytest.mark.parametrize(("us_per_row", "rows"), [(20.0, 32), (1000.0, 20), (5000.0, 4), (100_000.0, None)])
+async def test_a_batch_is_no_longer_than_callers_may_have_to_wait(us_per_row: float, rows: int | None) -> None:
     clock = Clock()
-    stable, candidate = FakeProber(clock, us_per_call=us_per_call), FakeProber(clock, us_per_call=us_per_call)
+    stable, candidate = FakeProber(clock, 0.0, us_per_row), FakeProber(clock, 0.0, us_per_row)
     result = await _compare(stable, candidate)
     assert result.outcome is Outcome.PASSED
     assert {count for _, count in stable.calls} == {1, rows} - {None}

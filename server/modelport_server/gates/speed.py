@@ -134,8 +134,8 @@ async def compare_speed(
     too_long = f"took more than {limit_s:g} s"
     try:
         async with asyncio.timeout(limit_s if math.isfinite(limit_s) else None):
-            for case, smaller in zip(cases, [None, *cases], strict=False):
-                if not case.fit(smaller):
+            for case in cases:
+                if not await race.fit(case):
                     continue
                 await race.run(case, budget_s / len(cases))
                 while case.doubtful(max_ratio) and len(case.looks) < _MOST_LOOKS:  # it may be somebody else's doing
@@ -214,11 +214,13 @@ class _Case:
             [p for look in self.looks for p in look.stable], [p for look in self.looks for p in look.candidate]
         )
 
-    def fit(self, smaller: _Case | None) -> bool:
-        """Cuts the batch so that callers need not wait long for it, going by one row; says if two rows are left."""
-        if self.batch_rows <= 1 or smaller is None or smaller.signature != self.signature or not smaller.looks:
-            return True
-        most = int(_LONGEST_BATCH_US / max(_wall(smaller.all.stable) / smaller.all.rows, 1.0))
+    def cut(self, whole_us: float) -> bool:
+        """Cuts the batch so that callers need not wait long for it; returns whether two rows are left.
+
+        Args:
+            whole_us: what all its rows take.
+        """
+        most = int(self.batch_rows * _LONGEST_BATCH_US / max(whole_us, 1.0))
         if most < self.batch_rows:
             self.batch_rows = most
             self.inputs = _resized(self.inputs, most)
@@ -283,6 +285,16 @@ class _Race:
     stable_s: float = 0.0
     """How long the stable version was waited for."""
     candidate_s: float = 0.0
+
+    async def fit(self, case: _Case) -> bool:
+        """Returns whether a case can be measured without callers' having to wait long, cut if need be."""
+        if case.batch_rows <= 1:
+            return True
+        # On the candidate, for which nobody waits yet; twice if need be, since the first run may be longer.
+        probe = await self.candidate.probe(case.signature, case.inputs)
+        if probe.engine_time_us > _LONGEST_BATCH_US:
+            probe = await self.candidate.probe(case.signature, case.inputs)
+        return case.cut(probe.engine_time_us)
 
     async def run(self, case: _Case, budget_s: float) -> None:
         await self._run_stable(case)  # not measured: the first run of a shape may be longer
