@@ -65,11 +65,12 @@ class LoopThread:
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yields what ``items`` does, which runs in the loop and is closed with this generator."""
+        running: list[asyncio.Task[Any]] = []
         try:
-            while (item := self.run(_next_or_end(items))) is not _END:
+            while (item := self.run(_next_or_end(items, running))) is not _END:
                 yield cast("T", item)
         finally:
-            self.try_run(items.aclose())
+            self.try_run(_close(items, running))
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs ``last`` in the loop if there is one, stops it and waits for its thread, if that is another one."""
@@ -149,8 +150,20 @@ def _pass_on(outcome: Future[T], task: asyncio.Task[T]) -> None:
 _END = object()
 
 
-async def _next_or_end(items: AsyncGenerator[object, None]) -> object:
+async def _next_or_end(items: AsyncGenerator[object, None], running: list[asyncio.Task[Any]]) -> object:
+    """Returns the next item; ``running`` then holds the task that asked for it."""
+    running[:] = [task] if (task := asyncio.current_task()) is not None else []
     return await anext(items, _END)
+
+
+async def _close(items: AsyncGenerator[object, None], running: list[asyncio.Task[Any]]) -> None:
+    """Closes ``items``; what still asks for an item, because an interrupt came just as it began, ends first."""
+    left = [task for task in running if not task.done()]
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)
+    await items.aclose()
 
 
 class ThreadedIterator(AsyncIterator[T], Generic[T]):

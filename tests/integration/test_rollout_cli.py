@@ -216,9 +216,9 @@ async def test_a_watch_waits_for_a_rollout_until_it_is_interrupted(pinned: int, 
         process = await started(server)
         assert (await line(process)).startswith("m: version 1 is in charge")
         process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
         assert process.stderr is not None
         assert await process.stderr.read() == f"waiting for a rollout of m; {begins}\n".encode()
+        assert await process.wait() == 130
 
 
 async def test_the_live_picture_on_a_terminal() -> None:

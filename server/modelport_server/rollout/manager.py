@@ -131,7 +131,7 @@ class RolloutManager:
 
     def _observe(self, view: Mapping[str, ModelView | None]) -> None:
         self._tell_of_nothing(view)
-        for name in view.keys() - self._models.keys():
+        for name in sorted(view.keys() - self._models.keys()):
             self._models[name] = ModelRollout(
                 name, self._options, self._router, self._board, self._loads, self._wake.set, self._spawner
             )
