@@ -151,7 +151,7 @@ class ResourceExhaustedError(RpcError):
 
 
 class FailedPreconditionError(RpcError):
-    """The model or version exists, but is not loaded."""
+    """What is asked for can't be done as things are: the version is not loaded, or the rollout does not allow it."""
 
 
 class VersionRetiredError(FailedPreconditionError):
@@ -159,7 +159,7 @@ class VersionRetiredError(FailedPreconditionError):
 
 
 class AbortedError(RpcError):
-    """The server gave the call up."""
+    """Somebody else changed the state first, or the server gave the call up: look again, and try again."""
 
 
 class OutOfRangeError(RpcError):

@@ -131,7 +131,7 @@ def test_a_canary_that_fails_is_rolled_back(tmp_path: Path, bad_versions: Path) 
         stage.publish(FAILING)
         stage.serve_canary()
         stage.callers.turn(0.3)
-        assert stage.watched.wait_rejected(CANDIDATE).gate
+        assert stage.watched.wait_rejected(CANDIDATE).gate == "bake"
         stage.load.wait(100)
         check_rolled_back(stage)
         first = stage.load.record.begun

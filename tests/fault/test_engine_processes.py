@@ -148,7 +148,6 @@ async def test_every_gate_tells_what_it_found(root: Path, either: Spawner) -> No
         assert figures["warm-up"]["batch_sizes"] == [1, 2, 4, 8, 16, 32, 64, 128]
         assert {"resident_mib"} <= figures["load"].keys()
         assert {"first_row_ms", "last_row_ms", "runs"} <= figures["warm-up"].keys()
-        assert all(result.seconds >= 0 for result in loaded.gates)
 
 
 BAD = [

@@ -229,12 +229,21 @@ def test_outputs_are_counted_by_row_and_batch(evidence: Evidence, clock: Clock) 
     assert quantile(times.totals, 0.5) == pytest.approx(0.0015, rel=0.1)
 
 
-def test_more_categories_than_there_is_room_for_are_counted_together(evidence: Evidence) -> None:
+def test_more_categories_than_there_is_room_for_are_counted_together(evidence: Evidence, clock: Clock) -> None:
     for label in range(200):
         evidence.on_batch(SIGNATURE, 1, 100, [raw(np.array([label]), "label")])
-    output = evidence.snapshot().outputs.get((SIGNATURE, "label"))
-    assert output is not None
-    assert output.counts.totals[ROWS] == 32  # so many batches are looked into at a time
+        clock.now_s += WINDOW_S  # so many batches are looked into at a time, and no more
+    output = evidence.snapshot().outputs[SIGNATURE, "label"]
+    totals = output.counts.totals
+    assert output.full
+    assert totals[ROWS] == 200
+    assert totals[OTHER] == 200 - len(output.labels) > 0
+
+
+def test_so_many_batches_are_looked_into_at_a_time(evidence: Evidence) -> None:
+    for _ in range(200):
+        evidence.on_batch(SIGNATURE, 1, 100, [raw(np.array([1]), "label")])
+    assert evidence.snapshot().outputs[SIGNATURE, "label"].counts.totals[ROWS] == 32
 
 
 def test_memory_is_bounded_whatever_comes(evidence: Evidence, clock: Clock) -> None:
