@@ -10,8 +10,8 @@ in B with that in A right before it, and once more with all kinds of bad version
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +35,6 @@ from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Registry, Rejection, RolloutPolicy, Strategy
 from tests.support.bad_versions import DISAGREEING
 from tests.support.gate_cases import ARGUMENTS, CASES, MODEL, PROGRAM, STABLE, Case, Publisher
-from tests.support.rpc import engines
 
 QUICK = tuple({case.gate: case for case in reversed(CASES)}.values())[::-1]
 """The first kind of bad version of every gate."""
@@ -120,8 +118,7 @@ class Bench:
         return self.publisher.registry.state(MODEL).rejected[version]
 
     def _settle(self) -> None:
-        front = psutil.Process(self.server.process.pid)
-        wait_for(lambda: len(engines(front)) == 1, "the rejected version's engine to end", self._check)
+        self.server.wait_engines(1, self._check)
 
     def _check(self) -> None:
         self.server.alive()
@@ -198,7 +195,7 @@ def pooled(rounds: Sequence[Round], calls: Calls) -> dict[str, Any]:
     strictly = _pool([(one.during[0].at_s, one.rejected_s) for one in rounds], calls)
     return {
         "rounds": len(rounds),
-        "seconds_to_rejection": figures.median([one.took_s() for one in rounds]),
+        "seconds_to_rejection": statistics.median(one.took_s() for one in rounds),
         "quiet": quiet,
         "during": during,
         "strictly": strictly,
@@ -259,12 +256,12 @@ def report(found: Mapping[str, Any], options: argparse.Namespace) -> None:
 def _cells(rows: Sequence[Mapping[str, Any]], during: str, ratio: str) -> list[str]:
     failed = sum(figures.at(rows, "quiet", "failed")) + sum(figures.at(rows, during, "failed"))
     return [
-        f"{figures.median(figures.at(rows, 'seconds_to_rejection')):.2f}",
+        figures.median(figures.at(rows, "seconds_to_rejection")),
         f"{sum(figures.at(rows, during, 'calls')):.0f}",
         f"{failed:.0f}",
-        f"{figures.median(figures.at(rows, 'quiet', 'call_ms', 'p50')):.3f}",
-        f"{figures.median(figures.at(rows, 'quiet', 'call_ms', 'p99')):.3f}",
-        f"{figures.median(figures.at(rows, during, 'call_ms', 'p99')):.3f}",
+        figures.median(figures.at(rows, "quiet", "call_ms", "p50"), 3),
+        figures.median(figures.at(rows, "quiet", "call_ms", "p99"), 3),
+        figures.median(figures.at(rows, during, "call_ms", "p99"), 3),
         figures.spread(figures.at(rows, ratio, "p99")),
     ]
 
@@ -305,8 +302,7 @@ def main(arguments: Sequence[str]) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = document(rounds, calls)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    figures.write(options.json, found)
     report(found, options)
     text = found["machine"]["text"]
     print(f"{text}; one caller on a Unix socket shares it; all figures are in {options.json}")

@@ -12,7 +12,6 @@ back. They show what the machine, without any server, does to whoever shares it 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from modelport.tensors import encode
 from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Registry, RolloutPolicy, Strategy
 
-SMALL, RESNET = "small", "resnet"
+MODELS = SMALL, RESNET = "small", "resnet"
 OTHER_MODEL, SAME_MODEL = "another model", "the same model"
 LATER_CALLS = 20
 SMALL_LATER_CALLS = 1000
@@ -109,7 +108,7 @@ class Bench:
         result.gates = gates(self.registry, variant.model, version)
         took_s = result.loading[1].at_s - before.at_s
         say(f"{variant.name}: it took {took_s:.1f} s; others had {result.others():.2f} cores")
-        self._settle(variant.model, version)
+        self._settle(variant.model)
         return result
 
     def _check(self) -> None:
@@ -134,9 +133,9 @@ class Bench:
             sys.exit(f"error: version {answer.version} answered, and version {version} is in charge")
         return took_s * 1e3
 
-    def _settle(self, model: str, version: int) -> None:
+    def _settle(self, model: str) -> None:
         wait_for(lambda: self.registry.state(model).rollout is None, "the rollout to end", self._check, _LOAD_S)
-        time.sleep(2.0)  # the version before it ends, which nobody waits for
+        self.server.wait_engines(len(MODELS), self._check)
 
 
 def wait_in_charge(registry: Registry, model: str, version: int, check: Callable[[], None]) -> None:
@@ -187,13 +186,13 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[list[Round], Calls]:
     """Measures all rounds, and more where others disturbed some; returns them and the caller's calls."""
     sources = models.made(options.models or folder / "models", quick=options.quick)
     registry = Registry(folder / "registry")
-    for model in (SMALL, RESNET):
+    for model in MODELS:
         version = publish(registry, model, sources / model)
         registry.set_policy(model, RolloutPolicy(strategy=(Strategy.MANUAL,), watch_s=0.0, keep_warm_s=0.0))
         registry.start_rollout(model, version)
     arguments = ["--threads", str(options.threads)] if options.threads else []
     with serving(registry.root, folder, *arguments) as server, Client(server.address) as client:
-        for model in (SMALL, RESNET):
+        for model in MODELS:
             wait_in_charge(registry, model, 1, server.alive)
         with Caller(server.address, request(), folder / "caller", controls=True) as caller:
             bench = Bench(registry, server, caller, client, sources, options)
@@ -299,9 +298,9 @@ def report_gates(rows: Sequence[dict[str, Any]]) -> None:
         cells: list[str] = []
         for variant in VARIANTS:
             pairs = [(gate, row) for row in _of(rows, variant) for gate in row["gates"] if gate["gate"] == name]
-            cells.append(f"{figures.median([gate['seconds'] for gate, _ in pairs]):.2f}")
-            times = [gate["p99"] / row["quiet"]["call_ms"]["p99"] for gate, row in pairs]
-            cells.append(f"{figures.median(times):.2f}")
+            cells.append(figures.median([gate["seconds"] for gate, _ in pairs]))
+            ratios = [figures.ratios(gate, row["quiet"]["call_ms"]) for gate, row in pairs]
+            cells.append(figures.median(figures.at(ratios, "p99")))
         table.add_row(name, *cells)
     Console(width=120).print(table)
 
@@ -338,8 +337,7 @@ def main(arguments: Sequence[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     rows = [summary(one, calls) for one in rounds]
     about = machine.describe()
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     document = {"benchmark": "loading", "machine": about, "signature": DEFAULT_SIGNATURE, "rounds": rows}
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    figures.write(options.json, document)
     report(rows, options)
     print(f"{about['text']}; one caller on a Unix socket shares it; all figures are in {options.json}")

@@ -9,7 +9,6 @@ once, and many such callers, who leave no processor time to spare.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -35,7 +34,6 @@ STABLE, CANDIDATE = 1, 2
 _EVER_S = 86_400.0
 _WAIT_S = 300.0
 _QUIET_S = 600.0
-_SETTLING_S = 2.0
 _SHADOWED = RolloutPolicy(
     strategy=(Strategy.MANUAL, Strategy.SHADOW),
     shadow_share=1.0,
@@ -154,16 +152,15 @@ class Bench:
         else:
             self.registry.start_rollout(SMALL, CANDIDATE)
         wait_for(self._is_shadowed, "the candidate to get copies", self.server.alive, _WAIT_S)
-        time.sleep(_SETTLING_S)
         yield
         self.registry.rollback(SMALL, reason="measured")
-        time.sleep(_SETTLING_S)
+        self.server.wait_engines(1, self.server.alive)
 
     def _is_shadowed(self) -> bool:
         rollout = self.registry.state(SMALL).rollout
         if rollout is None:
             sys.exit(f"error: the candidate is gone: {self.registry.state(SMALL).rejected}")
-        return rollout.phase is Phase.STEP and "copied" in self.client.rollouts.get(SMALL).figures
+        return rollout.phase is Phase.STEP and self.client.rollouts.get(SMALL).figures.get("copied", 0) > 0
 
     def _counts(self) -> Any:
         return self.client.rollouts.get(SMALL).figures
@@ -249,7 +246,6 @@ def main(arguments: Sequence[str]) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     about = machine.describe()
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"benchmark": "shadow", "machine": about, "rounds": rows}, indent=1) + "\n")
+    figures.write(options.json, {"benchmark": "shadow", "machine": about, "rounds": rows})
     report(rows, options)
     print(f"{about['text']}; the callers, on a Unix socket, share it; all figures are in {options.json}")

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from tests.support.rpc import engines
+
 START_S = 120.0
 _POLL_S = 0.05
 
@@ -26,6 +30,11 @@ class Server:
         """Ends the benchmark if the server has ended."""
         if self.process.poll() is not None:
             sys.exit(f"error: the server ended: {self.log.read_text()[-2000:]}")
+
+    def wait_engines(self, count: int, check: Callable[[], None]) -> None:
+        """Returns once ``count`` engines are left; the others would be measured with whatever comes next."""
+        front = psutil.Process(self.process.pid)
+        wait_for(lambda: len(engines(front)) == count, f"all but {count} engines to end", check)
 
 
 def modelport(*arguments: str | Path, program: Sequence[str] = ("modelport",)) -> list[str]:

@@ -997,7 +997,7 @@ class RejectedVersion(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     version: builtins.int
     gate: builtins.str
-    """The gate that it failed; "rollback" if it was rolled back."""
+    """The gate that it failed; "bake" or "rollback" for what came after them, "crash" for a failing engine."""
     reason: builtins.str
     def __init__(
         self,
