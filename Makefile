@@ -49,11 +49,14 @@ stubs: $(INSTALLED) ## check that the generated stubs are fresh
 	@echo "stubs: regenerating and comparing"
 	@$(BIN)/python protos/generate.py --check
 
+# Two at a time, a file each: most tests wait for other processes most of the time.
+JOBS ?= 2
+
 test: stubs lint types ## all checks, and every test that is not slow
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow" --numprocesses $(JOBS) --dist loadfile
 
 test-all: stubs lint types ## all checks and all tests
-	@$(PYTEST)
+	@$(PYTEST) --numprocesses $(JOBS) --dist loadfile
 
 demo: $(INSTALLED) ## train, publish, serve, predict and roll out, in a few minutes
 	@$(BIN)/modelport demo

@@ -11,6 +11,7 @@ import typer
 
 from modelport import _cli_status
 from modelport.exceptions import ModelportError
+from modelport.names import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -102,7 +103,7 @@ def predict(
         if local:
             opened: AbstractContextManager[_Model] = _local(registry, model, version, alias, signature, wanted)
         else:
-            opened = _served(server or ["127.0.0.1:8500"], model, version, alias, signature, wanted)
+            opened = _served(server or [DEFAULT_ADDRESS], model, version, alias, signature, wanted)
         runner = stack.enter_context(opened)
         options = _cli_inputs.SourceOptions(inputs=runner.signature.inputs, input_name=input_name, resize=resize)
         sink = stack.enter_context(_cli_outputs.open_sink(output, kind, has_rows=runner.signature.batched))

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelport.names import DEFAULT_ADDRESS
+
 if TYPE_CHECKING:
     from modelport import Client, ModelInfo, VersionInfo
-    from modelport.cli_table import Column
+    from modelport.cli_output import Column
 
 _SHOWN_METRICS = 3
 
@@ -20,7 +22,7 @@ def status(
     model: Annotated[str | None, typer.Argument(help="The only model to show.")] = None,
     server: Annotated[
         str, typer.Option("--server", "-s", envvar="MODELPORT_SERVER", help="HOST:PORT or unix:PATH.")
-    ] = "127.0.0.1:8500",
+    ] = DEFAULT_ADDRESS,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on and show every change.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line a change.")] = False,
 ) -> None:
@@ -94,7 +96,7 @@ def _version_json(version: VersionInfo) -> dict[str, Any]:
 def _print(models: Iterable[ModelInfo]) -> None:
     from rich.markup import escape
 
-    from modelport.cli_table import make_console, print_table
+    from modelport.cli_output import make_console, print_table
 
     console = make_console()
     shown = list(models)
@@ -107,7 +109,7 @@ def _print(models: Iterable[ModelInfo]) -> None:
 
 
 def _columns() -> list[Column]:
-    from modelport.cli_table import Column
+    from modelport.cli_output import Column
 
     return [
         Column("version"),

@@ -238,18 +238,8 @@ class JournalRecord:
     """The numbers that it was based on."""
 
 
-_POLICY_NUMBERS = (
-    "shadow_share",
-    "shadow_bake_s",
-    "watch_s",
-    "keep_warm_s",
-    "min_calls",
-    "max_error_increase",
-    "max_latency_ratio",
-    "max_speed_ratio",
-    "min_agreement",
-    "allow_signature_changes",
-)
+_POLICY_NUMBERS = tuple(field.name for field in pb.RolloutPolicy.DESCRIPTOR.fields if field.has_presence)
+"""The fields of a policy that are single numbers; the others are lists."""
 
 
 def rollout_info(message: pb.RolloutStatus) -> RolloutInfo:

@@ -151,6 +151,11 @@ class AsyncRollouts:
         response = await self._calls.call(lambda stub: stub.GetPolicy, pb.GetPolicyRequest(model=model), timeout_s)
         return rollout_policy(response.policy)
 
+    async def state(self, model: str, *, timeout_s: float | None = None) -> RolloutState:
+        """Returns what the registry has at this moment; ``get`` says what the server last saw, and what it does."""
+        response = await self._calls.call(lambda stub: stub.GetPolicy, pb.GetPolicyRequest(model=model), timeout_s)
+        return rollout_state(response.state)
+
     async def set_policy(self, model: str, policy: RolloutPolicy, **options: Unpack[ChangeOptions]) -> RolloutState:
         """Replaces a model's policy; what is None in it gets its default.
 
@@ -363,6 +368,10 @@ class Rollouts:
     def policy(self, model: str, *, timeout_s: float | None = None) -> RolloutPolicy:
         """Returns a model's policy, with every field set."""
         return self._run(self._rollouts.policy(model, timeout_s=timeout_s))
+
+    def state(self, model: str, *, timeout_s: float | None = None) -> RolloutState:
+        """Returns what the registry has at this moment; ``get`` says what the server last saw, and what it does."""
+        return self._run(self._rollouts.state(model, timeout_s=timeout_s))
 
     def set_policy(self, model: str, policy: RolloutPolicy, **options: Unpack[ChangeOptions]) -> RolloutState:
         """Replaces a model's policy; what is None in it gets its default."""

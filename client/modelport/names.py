@@ -7,6 +7,9 @@ import re
 DEFAULT_SIGNATURE = "serving_default"
 """The signature that a call runs if it names none."""
 
+DEFAULT_ADDRESS = "127.0.0.1:8500"
+"""Where a server listens, and where commands ask for one, if nothing else is said."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _SHOWN_CHARACTERS = 40
 

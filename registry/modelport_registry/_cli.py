@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modelport.cli_output import print_json
 from modelport_registry import _cli_rollout
 from modelport_registry._cli_server import ServerOption, aliased, check_one_place, version_of
 from modelport_registry._errors import IntegrityError, RegistryError
 from modelport_registry._json import JSON
+from modelport_registry.transitions import STABLE
 
 if TYPE_CHECKING:
     from modelport_registry import Golden, Manifest, Registry, SignatureSpec, State, TensorSpec
@@ -130,7 +131,7 @@ def publish(
     if as_json:
         document = _manifest_document(result.manifest)
         rollout = waiting.outcome(registry, model, result.version)
-        _print_json({**document, "path": str(result.path), "warnings": result.warnings, **rollout})
+        print_json({**document, "path": str(result.path), "warnings": result.warnings, **rollout})
         waiting.finish()
         return
     count, size = len(result.manifest.files), _size(result.manifest.size_bytes)
@@ -159,13 +160,13 @@ def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False)
             found[name] = store.versions(name), store.state(name).aliases
     if as_json:
         rows: list[JSON] = [{"model": n, "versions": v, "aliases": dict(a)} for n, (v, a) in found.items()]
-        _print_json({"models": rows})
+        print_json({"models": rows})
         return
     if not found:
         what = f"no models in {registry.absolute()}" if registry.is_dir() else f"there is no {registry.absolute()}"
         _diagnose(f"{what}; name the registry with --registry, or publish: modelport publish NAME FOLDER")
         return
-    from modelport.cli_table import Column, print_table
+    from modelport.cli_output import Column, print_table
 
     columns = [Column("model"), Column("versions", rank=1), Column("highest"), Column("aliases", wraps=True)]
     texts = {name: " ".join(f"{alias}={number}" for alias, number in a.items()) for name, (_, a) in found.items()}
@@ -192,9 +193,9 @@ def show(
 
     store = Registry(registry)
     if version is not None:
-        manifest = store.manifest(model, resolve(store, model, version))
+        manifest = store.manifest(model, store.find(model, version))
         if as_json:
-            _print_json(_manifest_document(manifest))
+            print_json(_manifest_document(manifest))
         else:
             _show_version(store, manifest)
         return
@@ -205,7 +206,7 @@ def show(
         with _tolerated():
             manifests.append(store.manifest(model, number))
     if as_json:
-        _print_json(
+        print_json(
             {
                 "model": model,
                 "generation": state.generation,
@@ -218,7 +219,7 @@ def show(
 
 
 def _print_versions(manifests: Sequence[Manifest], state: State) -> None:
-    from modelport.cli_table import Column, print_table
+    from modelport.cli_output import Column, print_table
 
     columns = [
         Column("version"),
@@ -264,7 +265,7 @@ def check(
     from modelport_registry import Registry
 
     store = Registry(registry)
-    wanted = resolve(store, model, version) if version is not None else None
+    wanted = store.find(model, version) if version is not None else None
     store.resolve(model, version=wanted)
     rows: list[dict[str, JSON]] = []
     for number in store.versions(model) if wanted is None else [wanted]:
@@ -275,7 +276,7 @@ def check(
         else:
             rows.append({"version": number, "ok": True, "files": len(manifest.files), "bytes": manifest.size_bytes})
     if as_json:
-        _print_json({"model": model, "ok": all(row["ok"] for row in rows), "versions": rows})
+        print_json({"model": model, "ok": all(row["ok"] for row in rows), "versions": rows})
     for row in rows:
         if not row["ok"]:
             _diagnose(f"error: {row['error']}")
@@ -320,13 +321,13 @@ def alias(
     if delete and version is not None:
         raise RegistryError("give a version or --delete, not both")
     if server is not None:
-        if delete or (version is not None and alias != "stable"):
+        if delete or (version is not None and alias != STABLE):
             raise RegistryError("a server sets the alias stable and no other: use the registry's folder, --registry")
         number, pin, generation = _served_alias(server, model, alias, version, expected_generation)
     else:
         number, pin, generation = _stored_alias(registry, model, alias, version, expected_generation, delete=delete)
     if as_json:
-        _print_json({"model": model, "alias": alias, "version": number, "generation": generation})
+        print_json({"model": model, "alias": alias, "version": number, "generation": generation})
     elif number is None:
         _print(f"{model} has no alias {alias} any more")
     else:
@@ -345,7 +346,7 @@ def _stored_alias(
     elif version is None:
         number, state = store.resolve(model, alias=alias), store.state(model)
     else:
-        number = resolve(store, model, version)
+        number = store.find(model, version)
         state = store.set_alias(model, alias, number, expected_generation=expected_generation)
     return number, state.pin, state.generation
 
@@ -390,7 +391,7 @@ def collect_garbage(
 
     report = Registry(registry).collect_garbage(model, keep=keep, dry_run=dry_run, staging_age_s=staging_age)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "removed": dict(report.removed),
                 "leased": dict(report.leased),
@@ -426,7 +427,7 @@ def _show_version(store: Registry, manifest: Manifest) -> None:
         "source": lineage.source or "",
         "parameters": " ".join(f"{name}={json.dumps(value)}" for name, value in lineage.parameters.items()),
     }
-    from modelport.cli_table import Column, print_table
+    from modelport.cli_output import Column, print_table
 
     rows = [(name, value) for name, value in facts.items() if value]
     rows += [("signature", _signature_text(signature)) for signature in manifest.signatures.values()]
@@ -452,12 +453,6 @@ def _shape_text(shape: tuple[int | None, ...] | None) -> str:
 def _manifest_document(manifest: Manifest) -> dict[str, JSON]:
     document: dict[str, JSON] = json.loads(manifest.to_json())
     return document
-
-
-def resolve(store: Registry, model: str, text: str) -> int:
-    if text.isascii() and text.isdigit():
-        return store.resolve(model, version=int(text))
-    return store.resolve(model, alias=text)
 
 
 def _golden(path: Path | None, rtol: float | None, atol: float | None) -> list[Golden]:
@@ -525,11 +520,6 @@ def _print(text: str) -> None:
     from rich.console import Console
 
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(document: JSON) -> None:
-    json.dump(document, sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
 
 
 def _diagnose(text: str) -> None:

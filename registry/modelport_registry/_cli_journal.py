@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +9,10 @@ from typing import Annotated, Any, Protocol, cast
 
 import typer
 
+from modelport.cli_output import print_json
 from modelport_registry._cli import DEFAULT_ROOT, PANEL, ModelArgument, RegistryOption
 from modelport_registry._cli_server import ServerOption, check_one_place
+from modelport_registry.transitions import STABLE
 
 _MOST_FROM_SERVER = 1000
 _DIGEST_SHOWN = 12
@@ -62,8 +62,7 @@ def journal(
     check_one_place(context, server)
     entries = _of_registry(registry, model) if server is None else _of_server(server, model)
     if as_json:
-        json.dump([_document(entry) for entry in entries], sys.stdout, indent=1, allow_nan=False)
-        sys.stdout.write("\n")
+        print_json([_document(entry) for entry in entries])
     else:
         _print(entries)
 
@@ -101,7 +100,7 @@ def _document(entry: _Entry) -> dict[str, Any]:
 
 def _print(entries: Sequence[_Entry]) -> None:
     """Prints a table, or where that has no room some lines for each entry."""
-    from modelport.cli_table import Column, fits, make_console, print_table
+    from modelport.cli_output import Column, fits, make_console, print_table
 
     console = make_console()
     columns = [Column(name) for name in ("time", "action", "version", "actor", "reason", "details")]
@@ -132,7 +131,7 @@ def _row(entry: _Entry) -> list[str]:
 
 def _detail(name: str, value: object) -> str:
     """Returns a detail in a few characters; what does not fit is in the JSON."""
-    if name == "stable" and isinstance(value, Mapping):
+    if name == STABLE and isinstance(value, Mapping):
         change = cast("Mapping[str, object]", value)
         return f"stable={change.get('before') or 'none'}->{change.get('after') or 'none'}"
     if name == "aliases" and isinstance(value, Sequence):

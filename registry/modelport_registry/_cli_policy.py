@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelport.cli_output import print_json
 from modelport_registry._cli import DEFAULT_ROOT, JsonOption, ModelArgument, RegistryOption, VersionArgument
 from modelport_registry._cli_server import ServerOption, change_policy, check_one_place, policy_of, version_of
 from modelport_registry._errors import RegistryError
@@ -60,7 +60,7 @@ def pin(
     else:
         pinned, generation = _pin_through_server(server, model, version, remove=remove, reason=reason)
     if as_json:
-        _print_json({"model": model, "pinned": pinned, "generation": generation})
+        print_json({"model": model, "pinned": pinned, "generation": generation})
     else:
         typer.echo(f"{model} is not pinned any more" if pinned is None else f"{model} is pinned to version {pinned}")
 
@@ -69,14 +69,13 @@ def _pin_in_registry(
     registry: Path, model: str, version: str | None, *, remove: bool, reason: str
 ) -> tuple[int | None, int]:
     from modelport_registry import Registry
-    from modelport_registry._cli import resolve
 
     store = Registry(registry)
     store.resolve(model)  # says so if there is no such model
     if remove:
         state = store.unpin(model, reason=reason)
     else:
-        number = None if version is None else resolve(store, model, version)
+        number = None if version is None else store.find(model, version)
         state = store.pin(model, number, reason=reason)
     return state.pin, state.generation
 
@@ -221,7 +220,7 @@ def _policy_of_server(server: str, model: str, change: _Change | None, reason: s
 def _show(model: str, policy: RolloutPolicy, *, as_json: bool) -> None:
     document = policy.to_json(whole=True)
     if as_json:
-        _print_json({"model": model, "policy": document})
+        print_json({"model": model, "policy": document})
         return
     own = policy.to_json()
     texts = {name: _text(name, getattr(policy, name)) for name in document}
@@ -240,8 +239,3 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g} s" if name.endswith("_s") else f"{value:g}"
-
-
-def _print_json(document: Mapping[str, Any]) -> None:
-    json.dump(document, sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from modelport.cli_output import print_json
+from modelport.names import DEFAULT_ADDRESS
 from modelport_registry._errors import RegistryError
+from modelport_registry.transitions import STABLE
 
 if TYPE_CHECKING:
     from modelport import RolloutInfo, Rollouts, RolloutState
@@ -34,7 +37,6 @@ _Folder = Annotated[
 ]
 _Reason = Annotated[str, typer.Option(help="Why, for the journal.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_DEFAULT_SERVER = "127.0.0.1:8500"
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +71,7 @@ def start(
         typer.Option(help="immediate, canary, shadow or shadow+canary; as the model's policy says else."),
     ] = None,
     reason: _Reason = "",
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: _Json = False,
 ) -> None:
@@ -97,7 +99,7 @@ def start(
 def pause(
     model: _Model,
     reason: _Reason = "",
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: _Json = False,
 ) -> None:
@@ -120,7 +122,7 @@ def pause(
 def resume(
     model: _Model,
     reason: _Reason = "",
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: _Json = False,
 ) -> None:
@@ -143,7 +145,7 @@ def resume(
 def promote(
     model: _Model,
     reason: _Reason = "",
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: _Json = False,
 ) -> None:
@@ -166,7 +168,7 @@ def promote(
 def rollback(
     model: _Model,
     reason: _Reason = "",
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: _Json = False,
 ) -> None:
@@ -193,7 +195,7 @@ def approve(
     model: _Model,
     version: _Version,
     reason: _Reason = "",
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: _Json = False,
 ) -> None:
@@ -218,7 +220,7 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Go on until the rollout has ended; wait for one if there is none.")
     ] = False,
-    server: _Server = _DEFAULT_SERVER,
+    server: _Server = DEFAULT_ADDRESS,
     registry: _Folder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch, a line a status.")] = False,
 ) -> None:
@@ -239,7 +241,7 @@ def status(
     with _source(model, server, registry) as source:
         if not watch:
             found = next(source.statuses)
-            _print_json(_document(found)) if as_json else _draw(found)
+            print_json(_document(found)) if as_json else _draw(found)
             return
         outcome = _follow(source, _show_json if as_json else _show)
     if outcome != "promoted":
@@ -264,7 +266,7 @@ def _change(
         with Client(server) as client:
             state = there(client.rollouts)
     if as_json:
-        _print_json({"model": model, **dataclasses.asdict(state)})
+        print_json({"model": model, **dataclasses.asdict(state)})
     else:
         typer.echo(_sentence(model, state))
 
@@ -412,18 +414,13 @@ def _plain(value: object) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _print_json(document: Any) -> None:
-    json.dump(document, sys.stdout, indent=1)
-    sys.stdout.write("\n")
-
-
 def _state_of(state: State) -> RolloutState:
     from modelport import RolloutState
 
     rollout = state.rollout
     return RolloutState(
         generation=state.generation,
-        stable=state.aliases.get("stable"),
+        stable=state.aliases.get(STABLE),
         pinned=state.pin,
         candidate=None if rollout is None else rollout.version,
         phase="" if rollout is None else rollout.phase.value,
@@ -440,7 +437,7 @@ def _info(model: str, state: State) -> RolloutInfo:
     return RolloutInfo(
         model=model,
         generation=state.generation,
-        stable=state.aliases.get("stable"),
+        stable=state.aliases.get(STABLE),
         pinned=state.pin,
         rollout=_rollout(state),
         versions=(),

@@ -73,7 +73,7 @@ def change_policy(
     from modelport import AbortedError
 
     for left in reversed(range(_TRIES)):
-        generation = client.rollouts.get(model).generation  # as the server saw it last, which may be a moment ago
+        generation = client.rollouts.state(model).generation
         rules = change(policy_of(client, model))
         try:
             client.rollouts.set_policy(model, _to_server(rules), reason=reason, expected_generation=generation)

@@ -116,6 +116,16 @@ class Registry:
                 raise self._missing(folder, version)
         return version
 
+    def find(self, model: str, name: str) -> int:
+        """Returns the version that a name means: a number, or an alias, which never is one.
+
+        Raises:
+            NotFoundError: if there is none.
+        """
+        if name.isascii() and name.isdigit():
+            return self.resolve(model, version=int(name))
+        return self.resolve(model, alias=name)
+
     def publish(
         self,
         model: str,

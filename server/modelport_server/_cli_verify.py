@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from modelport.cli_output import print_json
 
 if TYPE_CHECKING:
     from modelport_registry import Registry
@@ -56,7 +56,7 @@ def verify(
     from modelport_server.options import BatchLimits, EngineLimits
 
     store = Registry(registry.absolute())
-    number = _resolve(store, model, version)
+    number = store.find(model, version)
     other = _baseline(store, model, number, against)
     limits = EngineLimits(threads=threads)
     largest = BatchLimits(max_batch_size=max_batch_size).max_batch_size
@@ -81,17 +81,11 @@ def verify(
     raise typer.Exit(1)
 
 
-def _resolve(store: Registry, model: str, text: str) -> int:
-    if text.isascii() and text.isdigit():
-        return store.resolve(model, version=int(text))
-    return store.resolve(model, alias=text)
-
-
 def _baseline(store: Registry, model: str, number: int, against: str | None) -> int | None:
     from modelport_registry.transitions import STABLE
 
     if against is not None:
-        return _resolve(store, model, against)
+        return store.find(model, against)
     stable = store.state(model).aliases.get(STABLE)
     return stable if stable != number else None
 
@@ -121,8 +115,7 @@ def _print_json(model: str, version: int, against: int | None, passed: bool, res
         "passed": passed,
         "gates": [result.to_json() for result in results],
     }
-    json.dump(document, sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
+    print_json(document)
 
 
 def _print_table(results: Sequence[GateResult]) -> None:

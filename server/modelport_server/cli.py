@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modelport.names import DEFAULT_ADDRESS
 from modelport_server import _cli_verify
 
 _MIB = 1 << 20
@@ -29,7 +30,7 @@ def serve(
     address: Annotated[
         str,
         typer.Option(help="HOST:PORT, port 0 for any free one, or unix:PATH.", envvar="MODELPORT_ADDRESS"),
-    ] = "127.0.0.1:8500",
+    ] = DEFAULT_ADDRESS,
     grace: Annotated[float, typer.Option(help="Seconds that accepted calls may take after SIGTERM.")] = 10.0,
     lame_duck: Annotated[float, typer.Option(help="Seconds in which new calls are still taken after SIGTERM.")] = 0.3,
     max_batch_size: Annotated[int, typer.Option(help="The most rows that run together.")] = 128,
@@ -38,7 +39,7 @@ def serve(
     threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
     load_timeout: Annotated[float, typer.Option(help="Seconds that a version may take to load.")] = 300.0,
     run_timeout: Annotated[float, typer.Option(help="Seconds that a batch may run; then its engine hangs.")] = 60.0,
-    poll_interval: Annotated[float, typer.Option(help="Seconds between two looks at the registry.")] = 0.25,
+    poll_interval: Annotated[float, typer.Option(help="Seconds between two looks at the registry, at most 2.")] = 0.25,
     pinned_stream_limit: Annotated[
         float, typer.Option(help="Seconds that streams may stay on a version that has been replaced.")
     ] = 600.0,

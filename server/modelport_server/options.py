@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelport.exceptions import ModelportError
-from modelport.names import is_valid_name, shown
+from modelport.names import DEFAULT_ADDRESS, is_valid_name, shown
 
 MIB = 1 << 20
 _DAY_S = 86_400.0
@@ -115,7 +115,8 @@ class RolloutOptions:
     """How versions come and go."""
 
     poll_interval_s: float = 0.25
-    """How often the registry is looked at, in seconds. Default 0.25."""
+    """How often the registry is looked at, in seconds. At most 2, as those who publish wait
+    3 s for a server to see it. Default 0.25."""
     pinned_stream_limit_s: float = 600.0
     """How long streams may stay on a version that has been replaced, in seconds. Default 600."""
     max_beside_stable: int = 2
@@ -123,7 +124,7 @@ class RolloutOptions:
     and draining ones counted. When more are wanted, the streams of the oldest are ended. Default 2."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.poll_interval_s <= 60, "poll_interval_s must be above 0 and at most 60")
+        _require(0 < self.poll_interval_s <= 2, "poll_interval_s must be above 0 and at most 2")
         _require(self.pinned_stream_limit_s >= 0, "pinned_stream_limit_s must not be negative")
         _require(self.max_beside_stable >= 1, "max_beside_stable must be at least 1")
 
@@ -173,7 +174,7 @@ class ServerOptions:
     """The registry's folder."""
     models: tuple[str, ...] = ()
     """The models to serve; none, the default, means all that the registry has."""
-    address: str = "127.0.0.1:8500"
+    address: str = DEFAULT_ADDRESS
     """Where to listen: ``host:port``, port 0 for any free one, or ``unix:PATH``."""
     allow_control: bool = False
     """Let callers beyond this machine change rollouts too: whoever reaches the port may. Default off."""

@@ -15,6 +15,7 @@ from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.protocol import Array
 from modelport_server.engines.spawner import Spawner
@@ -61,6 +62,7 @@ class Servable:
         on_state: told ``verifying``, ``loading`` and ``warming`` as they begin.
         on_rejected: called with gate and reason when the engine has crashed too often to go on.
         spawner: forks engine processes, if it can; without one they are started by themselves.
+        cores: told what engine processes do, if anything is.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Servable:
         on_state: Callable[[str], None],
         on_rejected: Callable[[str, str], object],
         spawner: Spawner | None = None,
+        cores: CoreSharing | None = None,
     ) -> None:
         self.model = order.model
         self.version = order.version
@@ -89,6 +92,7 @@ class Servable:
         self._on_state = on_state
         self._on_rejected = on_rejected
         self._spawner = spawner
+        self._cores = cores
         self._probes: dict[Call, Probe | None] = {}
         self._engine: EngineProcess | None = None
         self._batcher = Batcher(self, limits, order.version)
@@ -141,7 +145,7 @@ class Servable:
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
     async def _load(self) -> Loaded:
-        engine = EngineProcess(self._engine_limits, self._on_state, self._spawner)
+        engine = EngineProcess(self._engine_limits, self._on_state, self._spawner, cores=self._cores)
         try:
             loaded = await engine.load(self._order)
         except BaseException:
@@ -240,7 +244,7 @@ class Servable:
 
     def _on_probe(self, batch: Batch, output: BatchOutput) -> None:
         call = batch.parts[0].call
-        self._probes[call] = Probe(output.engine_time_us, output.cpu_time_us, _rows(call.inputs))
+        self._probes[call] = Probe(output.engine_time_us, output.cpu_time_us)
 
     async def probe(self, signature: str, inputs: Mapping[str, Array]) -> Probe:
         """Runs one batch by itself and returns what it cost.
@@ -359,11 +363,6 @@ class Servable:
 def _raw(name: str, array: Array) -> RawTensor:
     dtype = dtype_of(array)
     return RawTensor(name, dtype, array.shape, array_bytes(array, dtype))
-
-
-def _rows(inputs: Sequence[RawTensor]) -> int:
-    """Returns how many rows a call has; 1 where the first dimension says nothing."""
-    return next((tensor.shape[0] for tensor in inputs if tensor.shape), 1)
 
 
 def _pass_on(done: asyncio.Future[Answer], call: Call) -> None:

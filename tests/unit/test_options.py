@@ -35,7 +35,7 @@ from modelport_server.options import (
         (EngineLimits, "warm_up_timeout_s", float("nan")),
         (EngineLimits, "max_concurrent_loads", 0),
         (RolloutOptions, "poll_interval_s", 0.0),
-        (RolloutOptions, "poll_interval_s", 61.0),
+        (RolloutOptions, "poll_interval_s", 2.1),
         (RolloutOptions, "pinned_stream_limit_s", -1.0),
         (RolloutOptions, "max_beside_stable", 0),
         (RpcOptions, "max_message_bytes", 0),

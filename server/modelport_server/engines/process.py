@@ -17,6 +17,7 @@ from modelport.exceptions import ModelportError
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
+from modelport_server.engines.cores import CoreSharing, Longest
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
@@ -65,6 +66,7 @@ class EngineProcess:
         on_state: told ``verifying``, ``loading`` and ``warming`` as they begin.
         spawner: forks the process, if it can; without one it is started by itself.
         on_gate: told each gate as it begins.
+        cores: told what the process does; without it nobody is moved to other cores.
     """
 
     def __init__(
@@ -73,11 +75,14 @@ class EngineProcess:
         on_state: Callable[[str], None],
         spawner: Spawner | None = None,
         on_gate: Callable[[str], object] = lambda gate: None,
+        cores: CoreSharing | None = None,
     ) -> None:
         self._limits = limits
         self._on_state = on_state
         self._on_gate = on_gate
         self._spawner = spawner
+        self._cores = cores
+        self._longest = Longest()
         self._process: Child | None = None
         self._channel: socket.socket | None = None
         self._regions: list[tuple[Region, Region]] = []
@@ -156,6 +161,8 @@ class EngineProcess:
                 child = execute(self._fds(theirs))
         assert self._channel is not None
         self._process = child
+        if self._cores is not None:
+            self._cores.load(child.pid)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._channel.fileno(), self._on_readable)
         self._watch = loop.create_task(self._watch_use())
@@ -227,6 +234,8 @@ class EngineProcess:
         elif op == "ready":
             golden, dependent = message["golden"], tuple(message["dependent"])
             ready.set_result(Loaded(message["engine"], golden, dependent, tuple(self._results)))
+            if self._cores is not None:
+                self._cores.serve(self.pid, self._longest)
         elif op == "unreadable":
             ready.set_exception(UnreadableError(message["reason"]))
         if ready.done():
@@ -273,6 +282,7 @@ class EngineProcess:
         if reply["op"] == "failed":
             self._free.append(slot)
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
+        self._longest.add(reply["us"] / 1e6)
         outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
         return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
 
@@ -325,6 +335,8 @@ class EngineProcess:
             return
         self._why = why
         self._ended.set()
+        if self._cores is not None:
+            self._cores.forget(self.pid)
         if self._channel is not None:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()

@@ -90,6 +90,7 @@ class OfflineCheck:
             batched=stable.batched & candidate.batched,
             sizes=probe_sizes(self.largest),
             max_ratio=max_ratio,
+            limit_s=self.limits.speed_timeout_s,
             model=self.model,
         )
 
@@ -120,5 +121,4 @@ class _LoadedVersion:
         call = Call(signature, (signature,), arranged, 1, splittable=False, future=future)
         output = await self.engine.run(Batch(signature, [Part(call, 0, 1)]))
         output.release()
-        rows = arranged[0].shape[0] if signature in self.batched else 1
-        return Probe(output.engine_time_us, output.cpu_time_us, rows)
+        return Probe(output.engine_time_us, output.cpu_time_us)

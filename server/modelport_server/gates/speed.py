@@ -48,7 +48,6 @@ class Probe:
     """From its start to its end in the engine."""
     cpu_time_us: float
     """Processor time of all the engine's threads meanwhile."""
-    rows: int
 
 
 class Prober(Protocol):
@@ -135,7 +134,7 @@ async def compare_speed(
     try:
         async with asyncio.timeout(limit_s if math.isfinite(limit_s) else None):
             for case in cases:
-                if not await race.fit(case):
+                if not await race.fit(case, cases):
                     continue
                 await race.run(case, budget_s / len(cases))
                 while case.doubtful(max_ratio) and len(case.looks) < _MOST_LOOKS:  # it may be somebody else's doing
@@ -176,23 +175,19 @@ class _Look:
     def cpu_ratio(self) -> float:
         return _ratio(_cpu(self.stable), _cpu(self.candidate))
 
-    @property
-    def rows(self) -> int:
-        return max(self.candidate[0].rows, 1)
-
     def slower(self, max_ratio: float) -> bool:
         felt = _wall(self.candidate) - _wall(self.stable) > _NOT_FELT_US
         return felt and self.ratio > max_ratio and self.cpu_ratio > max_ratio
 
-    def figures(self) -> dict[str, JSON]:
+    def figures(self, rows: int) -> dict[str, JSON]:
         return {
-            "rows": self.rows,
+            "rows": rows,
             "pairs": len(self.candidate),
-            "stable_us_per_row": round(_wall(self.stable) / self.rows, 2),
-            "candidate_us_per_row": round(_wall(self.candidate) / self.rows, 2),
+            "stable_us_per_row": round(_wall(self.stable) / rows, 2),
+            "candidate_us_per_row": round(_wall(self.candidate) / rows, 2),
             "ratio": round(self.ratio, 3),
-            "stable_cpu_us_per_row": round(_cpu(self.stable) / self.rows, 2),
-            "candidate_cpu_us_per_row": round(_cpu(self.candidate) / self.rows, 2),
+            "stable_cpu_us_per_row": round(_cpu(self.stable) / rows, 2),
+            "candidate_cpu_us_per_row": round(_cpu(self.candidate) / rows, 2),
             "cpu_ratio": round(self.cpu_ratio, 3),
         }
 
@@ -206,6 +201,11 @@ class _Case:
     batch_rows: int = 0
     """How many rows run together; 0 for a signature whose rows do not."""
     looks: list[_Look] = field(default_factory=list[_Look])
+
+    @property
+    def rows(self) -> int:
+        """How many rows a call has; all that is given to a signature whose rows do not run together is one."""
+        return self.batch_rows or 1
 
     @property
     def all(self) -> _Look:
@@ -242,14 +242,14 @@ class _Case:
         return self.all.ratio
 
     def figures(self) -> dict[str, JSON]:
-        return {"signature": self.signature, "looks": len(self.looks), **self.all.figures()}
+        return {"signature": self.signature, "looks": len(self.looks), **self.all.figures(self.rows)}
 
     def text(self, max_ratio: float, model: str) -> str:
         seen = self.all
-        rows = "1 row" if seen.rows == 1 else f"{seen.rows} rows"
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
         return (
-            f"signature {shown(self.signature)} takes {_wall(seen.candidate) / seen.rows:.0f} us per row with "
-            f"{rows} together, the stable version {_wall(seen.stable) / seen.rows:.0f} us: {seen.ratio:.1f} times as "
+            f"signature {shown(self.signature)} takes {_wall(seen.candidate) / self.rows:.0f} us per row with "
+            f"{rows} together, the stable version {_wall(seen.stable) / self.rows:.0f} us: {seen.ratio:.1f} times as "
             f"long, {seen.cpu_ratio:.1f} times the processor time (at most {max_ratio:g}); "
             f"if that is fine: modelport policy {model} --max-speed-ratio RATIO"
         )
@@ -286,10 +286,12 @@ class _Race:
     """How long the stable version was waited for."""
     candidate_s: float = 0.0
 
-    async def fit(self, case: _Case) -> bool:
+    async def fit(self, case: _Case, others: Sequence[_Case]) -> bool:
         """Returns whether a case can be measured without callers' having to wait long, cut if need be."""
         if case.batch_rows <= 1:
             return True
+        if any(_wall(o.all.candidate) > _LONGEST_BATCH_US for o in others if o.looks and o.signature == case.signature):
+            return False  # one row takes as long as a batch may
         # On the candidate, for which nobody waits yet; twice if need be, since the first run may be longer.
         probe = await self.candidate.probe(case.signature, case.inputs)
         if probe.engine_time_us > _LONGEST_BATCH_US:

@@ -13,12 +13,11 @@ from enum import Enum
 
 from modelport_registry import JSON
 from modelport_server.rollout.evidence import CALLER_FAULTS, FAILED, EvidenceSnapshot, quantile
-from modelport_server.rollout.signs import Sign, View, engine_time, errors, latency, outputs, view
+from modelport_server.rollout.signs import LEAST_STABLE, Sign, View, engine_time, errors, latency, outputs, view
 
 _ALARMS = {"errors": 0.5, "latency": 0.125, "engine": 0.125, "non-finite": 0.125, "outputs": 0.125}
 """How the false alarms that are accepted are divided: errors are rare, and each has to say much."""
 _LEAST_WINDOWS = 4
-_LEAST_STABLE = 30
 _HANG_S = 2.0
 _HANG_RATIO = 20.0
 _HANG_LONGEST = 3.0
@@ -143,7 +142,7 @@ def _too_little(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: C
     """Returns why there is too little evidence to call a candidate fine."""
     if candidate.ended < limits.min_calls:
         return f"{candidate.ended} of the {limits.min_calls} calls that it takes to tell"
-    least = min(_LEAST_STABLE, limits.min_calls)
+    least = min(LEAST_STABLE, limits.min_calls)
     if 0 < stable.ended < least:
         return f"{stable.ended} of the {least} calls of the stable version that it takes to tell"
     if candidate.calls.level == 0 and len(candidate.calls.windows) < _LEAST_WINDOWS:
@@ -153,7 +152,7 @@ def _too_little(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: C
 
 def _hang(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> str:
     """Returns what is to be said of a candidate that lets calls wait as the stable version never did."""
-    if stable.ended < _LEAST_STABLE or not stable.times.any():
+    if stable.ended < LEAST_STABLE or not stable.times.any():
         return ""
     longest_s, usual_s = quantile(stable.times, 1.0), quantile(stable.times, 0.99)
     limit_s = max(_HANG_S, _HANG_LONGEST * longest_s, _HANG_RATIO * usual_s, 2 * stable.oldest_wait_s)

@@ -11,6 +11,7 @@ from time import monotonic
 from modelport.exceptions import ModelportError
 from modelport_registry import Manifest, Registry
 from modelport_registry import State as Desired
+from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.spawner import Spawner
 from modelport_server.options import ServerOptions
 from modelport_server.rollout.model import ModelRollout, ModelView
@@ -39,6 +40,7 @@ class RolloutManager:
         self._models: dict[str, ModelRollout] = {}
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
         self._spawner = Spawner() if options.engine.zygote else None
+        self._cores = CoreSharing()
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
         self._failed: dict[str, str] = {}
@@ -133,7 +135,7 @@ class RolloutManager:
         self._tell_of_nothing(view)
         for name in sorted(view.keys() - self._models.keys()):
             self._models[name] = ModelRollout(
-                name, self._options, self._router, self._board, self._loads, self._wake.set, self._spawner
+                name, self._options, self._router, self._board, self._loads, self._wake.set, self._spawner, self._cores
             )
         for name, rollout in list(self._models.items()):
             if (seen := view.get(name, ModelView({}, Desired(), monotonic()))) is not None:

@@ -25,6 +25,7 @@ from modelport_registry import (
     transitions,
 )
 from modelport_registry import State as Desired
+from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.engines.spawner import Spawner
 from modelport_server.gates.result import INTEGRITY, LOAD, SIGNATURE, SPEED, Outcome
@@ -70,6 +71,7 @@ class ModelRollout:
         loads: bounds how many versions load at once, over all models.
         changed: called when the policy should be asked again.
         spawner: forks engine processes, if it can.
+        cores: told what engine processes do, if anything is.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class ModelRollout:
         loads: asyncio.Semaphore,
         changed: Callable[[], None],
         spawner: Spawner | None = None,
+        cores: CoreSharing | None = None,
     ) -> None:
         self._name = name
         self._spawner = spawner
+        self._cores = cores
         self._options = options
         self._registry = Registry(options.registry)
         self._route = router.route(name)
@@ -419,6 +423,7 @@ class ModelRollout:
             on_state=lambda state: self._on_engine_state(tracked, state),
             on_rejected=lambda gate, reason: self._spawn(self._lose(tracked, gate, reason)),
             spawner=self._spawner,
+            cores=self._cores,
         )
 
     def _order(self, number: int) -> LoadOrder:

@@ -51,7 +51,8 @@ _QUANTILES = (0.3, 0.55, 0.8)
 _TIME_FLOOR_S = 0.0005
 """A difference that nobody notices; an engine with little to do is a little slower for that."""
 _MAX_NON_FINITE = 0.002
-_LEAST_STABLE = 30
+LEAST_STABLE = 30
+"""Fewer calls or batches of the stable version say nothing about what is usual."""
 _LEAST_BAD_WINDOWS = 2
 _LEAST_TIME_WINDOWS = 6
 _LEAST_LONE_TIME_WINDOWS = 12
@@ -238,7 +239,7 @@ def engine_time(one: View, ratio: float) -> Sign:
 
 
 def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: float) -> Sign:
-    pairs = [times for times in pairs if times.stable.sum() >= _LEAST_STABLE]
+    pairs = [times for times in pairs if times.stable.sum() >= LEAST_STABLE]
     if not pairs:
         return Sign(name)
     windows = np.unique(np.concatenate([times.windows for times in pairs]))
@@ -318,7 +319,7 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
     most, medians = 0, (0.0, 0.0)
     for key in keys:
         totals = one.stable.engine[key].totals
-        if totals.sum() < _LEAST_STABLE:
+        if totals.sum() < LEAST_STABLE:
             continue
         before = quantile(totals, 0.5)
         counts = one.candidate.engine[key].at(one.level)
@@ -345,7 +346,7 @@ def outputs(one: View, max_shift: float) -> list[Sign]:
     found: list[Sign] = []
     for key, now in sorted(one.candidate.outputs.items()):
         before = one.stable.outputs.get(key)
-        if before is not None and before.counts.totals[BATCHES] >= _LEAST_STABLE:
+        if before is not None and before.counts.totals[BATCHES] >= LEAST_STABLE:
             found += [_non_finite(one, key[1], before, now), _shift(one, key[1], before, now, max_shift)]
     # Each of many outputs has to speak more clearly than a single one.
     return [replace(sign, log_e=sign.log_e - math.log(len(found) / 2)) for sign in found]

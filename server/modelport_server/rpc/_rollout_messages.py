@@ -27,18 +27,8 @@ from modelport_server.rollout.status import RolloutStatus, RolloutVersion, StepS
 
 _Member = TypeVar("_Member", bound=enum.StrEnum)
 _EXACT_INTEGERS = 2**53
-_POLICY_NUMBERS = (
-    "shadow_share",
-    "shadow_bake_s",
-    "watch_s",
-    "keep_warm_s",
-    "min_calls",
-    "max_error_increase",
-    "max_latency_ratio",
-    "max_speed_ratio",
-    "min_agreement",
-    "allow_signature_changes",
-)
+_POLICY_NUMBERS = tuple(field.name for field in pb.RolloutPolicy.DESCRIPTOR.fields if field.has_presence)
+"""The fields of a policy that are single numbers; the others are lists."""
 
 
 def status_message(status: RolloutStatus) -> pb.RolloutStatus:

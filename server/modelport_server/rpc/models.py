@@ -9,7 +9,7 @@ from typing import Any
 from modelport.tensors import DTYPES
 from modelport.v1 import model_pb2, tensor_pb2
 from modelport_registry import TensorSpec
-from modelport_server.errors import ServeError, UnknownNameError
+from modelport_server.errors import UnknownNameError
 from modelport_server.once import Signal
 from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
 from modelport_server.rpc._grpc import Context, generic_handler
@@ -55,27 +55,29 @@ class ModelService:
         return await guarded(context, work)
 
     async def _watch_models(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        drained = asyncio.Event()
+        unsubscribe = self._drain.subscribe(drained.set)
         try:
             wanted = parse(model_pb2.WatchModelsRequest, raw).model
             if wanted:
                 check_name(wanted)
-        except ServeError as error:
+            async for name, status in self._news(wanted, drained):
+                yield _watch_response(name, status).SerializeToString()
+        except Exception as error:  # status_of logs what it does not know
             await abort(context, error)
-            return
-        drained = asyncio.Event()
-        unsubscribe = self._drain.subscribe(drained.set)
-        edition, told = 0, False
-        try:
-            while not drained.is_set():
-                news = self._board.since(edition)
-                edition = self._board.edition
-                for name, status in news:
-                    if wanted in ("", name) and (status is not None or told):
-                        yield _watch_response(name, status).SerializeToString()
-                told = True
-                await first_of(drained.wait(), self._board.wait(edition))
         finally:
             unsubscribe()
+
+    async def _news(self, wanted: str, drained: asyncio.Event) -> AsyncIterator[tuple[str, ModelStatus | None]]:
+        edition, told = 0, False
+        while not drained.is_set():
+            news = self._board.since(edition)
+            edition = self._board.edition
+            for name, status in news:
+                if wanted in ("", name) and (status is not None or told):
+                    yield name, status
+            told = True
+            await first_of(drained.wait(), self._board.wait(edition))
 
     def _find(self, name: str) -> ModelStatus:
         status = self._board.model(name)

@@ -1,11 +1,13 @@
-"""Tables of plain texts for the command line: they fit the terminal, and nothing in them is cut."""
+"""What commands print: JSON documents, and tables of plain texts that fit the terminal, with nothing in them cut."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,16 @@ class Column:
     """Where there is no room, those of the highest rank are left out first; those of rank 0 never."""
     wraps: bool = False
     """Whether its texts may take several lines."""
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document.
+
+    Raises:
+        ValueError: if there is a NaN or an infinity in it.
+    """
+    json.dump(document, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
 
 
 def make_console() -> Console:
