@@ -649,7 +649,6 @@ async def test_a_probe_runs_alone_and_says_what_it_cost(root: Path, spawner: Spa
         await servable.start()
         assert [result.gate for result in servable.gates] == list(LOADED_GATES)
         probes = [await servable.probe("", {"x": np.ones((rows, 4), np.float32)}) for rows in (1, 128, 300)]
-        assert [probe.rows for probe in probes] == [1, 128, 300]
         assert all(probe.engine_time_us > 0 and probe.cpu_time_us > 0 for probe in probes)
     finally:
         await servable.stop()
