@@ -27,6 +27,8 @@ _HARD_EXIT_S = 2.0
 _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1
 _HANDLER_START_S = 0.05
+_NEVER_S = 1e6
+"""What ``grpc.aio.Server.stop`` is to wait for calls: for how long is decided here."""
 
 
 class Server:
@@ -145,14 +147,16 @@ class Server:
         self._models.drain()
         self._rollouts.drain()
         self._prediction.drain()
-        stopping = asyncio.get_running_loop().create_task(self._grpc.stop(options.grace_s))
+        # One stop at a time: a second one may use what the first has just freed, and the process ends by SIGSEGV.
+        stopping = asyncio.get_running_loop().create_task(self._grpc.stop(_NEVER_S))
         await asyncio.sleep(_HANDLER_START_S)  # what core has accepted by now gets its handler
         idle = asyncio.get_running_loop().create_task(self._prediction.wait_idle())
-        await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, idle}, timeout=options.grace_s, return_when=asyncio.FIRST_COMPLETED)
         self._prediction.refuse()
         idle.cancel()
-        await self._grpc.stop(0)
-        await stopping
+        stopping.cancel()
+        await asyncio.wait({stopping})
+        await self._grpc.stop(None)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
