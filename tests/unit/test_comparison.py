@@ -232,6 +232,18 @@ def test_a_promoted_version_that_fails_goes_back() -> None:
     assert verdict.figures["sign"] == "errors"
 
 
+def test_failures_that_came_all_at_once_are_doubtful_and_not_just_too_few() -> None:
+    pair = Pair()
+    before = baseline(pair)
+    for number in range(150):
+        pair.candidate.on_call(Outcome.FAILED if number % 3 == 0 else Outcome.ANSWERED, 0.005)
+    verdict = compare(before, pair.candidate.snapshot(), LIMITS, concurrent=False)
+    assert (verdict.kind, verdict.reason) == (
+        VerdictKind.DOUBTFUL,
+        f"it may be worse: 50 of 150 calls failed, 0 of the stable version's {before.ended}",
+    )
+
+
 def test_batches_are_compared_with_those_of_their_size() -> None:
     pair = Pair()
     for _ in range(60):

@@ -198,6 +198,24 @@ async def test_a_batch_is_no_longer_than_callers_may_have_to_wait(us_per_row: fl
     assert rows is not None or {count for _, count in candidate.calls} == {1}
 
 
+class Cold(FakeProber):
+    """Takes five times as long where the run before it was not its own, as with cold caches."""
+
+    _ended = -1.0
+
+    async def probe(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Probe:
+        times = 1.0 if self.clock.now == self._ended else 5.0
+        found = await super().probe(signature, inputs)
+        self._ended = self.clock.now
+        return Probe(found.engine_time_us * times, found.cpu_time_us * times)
+
+
+async def test_a_candidate_that_finds_cold_caches_is_not_slow() -> None:
+    clock = Clock()
+    assert (await _compare(FakeProber(clock), Cold(clock))).outcome is Outcome.PASSED
+    assert (await _compare(FakeProber(clock), Cold(clock, 500.0, 50.0))).outcome is Outcome.FAILED
+
+
 async def test_what_is_not_batched_runs_as_it_was_published() -> None:
     clock = Clock()
     candidate = FakeProber(clock)

@@ -86,12 +86,12 @@ def compare(
     signs = _signs(one, limits, concurrent=concurrent)
     if signs and _sure(signs[0]) >= math.log(1 / limits.false_alarm):
         return Verdict(VerdictKind.WORSE, signs[0].reason, {**figures, **_of_sign(signs[0])})
-    if why := _too_little(stable, candidate, limits):
-        return Verdict(VerdictKind.WAITING, why, figures)
     if signs and _sure(signs[0]) >= math.log(1 / limits.suspicion):
         return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {signs[0].reason}", {**figures, **_of_sign(signs[0])})
     if why := _more_errors(stable, candidate, limits, concurrent=concurrent):
         return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {why}", figures)
+    if why := _too_little(stable, candidate, limits):
+        return Verdict(VerdictKind.WAITING, why, figures)
     return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
 
 
@@ -99,6 +99,8 @@ def _more_errors(
     stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: ComparisonLimits, *, concurrent: bool
 ) -> str:
     """Returns what is to be said where more calls fail than may, be it by chance."""
+    if not candidate.ended:
+        return ""
     columns = [FAILED, CALLER_FAULTS] if concurrent else [FAILED]
     before, now = (int(seen.calls.totals[columns].sum()) for seen in (stable, candidate))
     share = before / max(stable.ended, 1)
