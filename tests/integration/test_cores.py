@@ -11,13 +11,12 @@ from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
-from modelport_server.engines.cores import CoreSharing, Longest
+from modelport_server.engines.cores import BatchTimes, CoreSharing
 
 ALL = frozenset(os.sched_getaffinity(0))
 TAKEN = frozenset(sorted(ALL)[1:])
 FREE = ALL - TAKEN
 SLEEP = "import time; time.sleep(600)"
-COMPUTE = "while True: pass"
 TIMEOUT_S = 30.0
 SOON_S = 3.0
 """Longer than it takes to move anybody."""
@@ -36,12 +35,14 @@ def _process(program: str) -> Generator[int]:
 
 
 @asynccontextmanager
-async def _shared(program: str, longest: Longest) -> AsyncGenerator[tuple[CoreSharing, int, int]]:
-    """Yields cores that an engine which runs a program shares with another one that loads, and both pids."""
-    with _process(program) as serving, _process(SLEEP) as loading:
+async def _shared(
+    times: BatchTimes, calls: Callable[[], int] = lambda: 1
+) -> AsyncGenerator[tuple[CoreSharing, int, int]]:
+    """Yields cores that an engine shares with another one that loads, and both pids."""
+    with _process(SLEEP) as serving, _process(SLEEP) as loading:
         os.sched_setaffinity(loading, TAKEN)
-        cores = CoreSharing()
-        cores.serve(serving, longest)
+        cores = CoreSharing(calls)
+        cores.serve(serving, times)
         cores.load(loading)
         try:
             yield cores, serving, loading
@@ -61,7 +62,7 @@ def _where(pid: int = 0) -> frozenset[int]:
 
 
 async def test_who_answers_leaves_the_cores_of_who_loads_and_comes_back() -> None:
-    async with _shared(SLEEP, Longest()) as (cores, serving, loading):
+    async with _shared(BatchTimes()) as (cores, serving, loading):
         await _become(lambda: _where() == _where(serving) == FREE)
         os.sched_setaffinity(loading, ALL)  # as it does when it has little time left
         await _become(lambda: _where() == _where(serving) == ALL)
@@ -69,47 +70,55 @@ async def test_who_answers_leaves_the_cores_of_who_loads_and_comes_back() -> Non
         await _become(lambda: _where() == _where(serving) == FREE)
         with _process(SLEEP) as late:
             os.sched_setaffinity(late, ALL)
-            cores.serve(late, Longest())
+            cores.serve(late, BatchTimes())
             await _become(lambda: _where(late) == FREE)
             cores.forget(late)
-        cores.serve(loading, Longest())
+        cores.serve(loading, BatchTimes())
         await _become(lambda: _where() == _where(serving) == ALL)
 
 
 async def test_who_needs_more_cores_has_them() -> None:
-    async with _shared(COMPUTE, Longest()) as (_, serving, _):
+    calls = [2]
+    async with _shared(BatchTimes(), lambda: calls[0]) as (_, serving, _):
         await asyncio.sleep(SOON_S)
-        assert _where(serving) == ALL
+        assert _where() == _where(serving) == ALL
+        calls[0] = 0
+        await _become(lambda: _where() == _where(serving) == FREE)
+        calls[0] = 64
+        await _become(lambda: _where() == _where(serving) == ALL)
 
 
 async def test_long_batches_have_all_cores() -> None:
-    longest = Longest()
-    longest.add(0.1)
-    async with _shared(SLEEP, longest) as (_, serving, _):
+    times = BatchTimes()
+    times.add(0.1)
+    async with _shared(times) as (_, serving, _):
         await asyncio.sleep(SOON_S)
         assert _where() == _where(serving) == ALL
 
 
 async def test_one_that_ended_meanwhile_is_no_trouble() -> None:
-    async with _shared(SLEEP, Longest()) as (cores, serving, _):
+    async with _shared(BatchTimes()) as (cores, serving, _):
         with _process(SLEEP) as other, _process(SLEEP) as another:
-            cores.serve(other, Longest())
+            cores.serve(other, BatchTimes())
             cores.load(another)
         await _become(lambda: _where() == _where(serving) == FREE)
         cores.forget(another)
 
 
-def test_the_longest_batch_is_forgotten_after_a_while() -> None:
+def test_batches_are_weighted_by_what_they_took_and_forgotten_after_a_while() -> None:
     now = [100.0]
-    longest = Longest(lambda: now[0])
-    assert longest.get() == 0.0
-    longest.add(0.03)
-    longest.add(0.02)
+    times = BatchTimes(lambda: now[0])
+    assert times.typical() == 0.0
+    for _ in range(99):
+        times.add(0.001)
+    assert times.typical() == pytest.approx(0.001)
+    times.add(0.1)
+    assert 0.04 < times.typical() < 0.06
     now[0] += 5.5
-    longest.add(0.01)
-    assert longest.get() == 0.03
+    for _ in range(5000):
+        times.add(0.001)
+    assert 0.002 < times.typical() < 0.004
     now[0] += 5.5
-    assert longest.get() == 0.01
-    longest.add(0.002)
+    assert times.typical() == pytest.approx(0.001)
     now[0] += 60.0
-    assert longest.get() == 0.0
+    assert times.typical() == 0.0

@@ -8,23 +8,26 @@ import logging
 import os
 from collections.abc import Callable, Set
 from pathlib import Path
-from time import clock_gettime, monotonic
+from time import monotonic
 
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 0.05
-_BUSY = 0.7
-"""Above this share of the cores that are left to them, those who answer calls get all cores."""
-_CALM = 0.5
+_BUSY = 1.5
+"""With more calls under way than this, for each core that is left to them, those who answer get all cores."""
+_BURST = 4.0
+"""With so many they get them at once."""
+_CALM = 1.2
 _CALM_FOR_S = 1.0
+_MEMORY = 0.8
+"""The part of the average number of calls that is kept from one look to the next."""
 _LONG_S = 0.005
 """Batches that take longer gain more from several cores than they lose by waiting for a tick of the kernel's clock."""
 _WINDOW_S = 5.0
-_PROCESS_CLOCK = 2  # CPUCLOCK_SCHED, <linux/posix-timers.h>
 
 
-class Longest:
-    """The longest of the batches that ended within the last few seconds.
+class BatchTimes:
+    """How long the batches of the last seconds took.
 
     Args:
         clock: returns seconds.
@@ -33,23 +36,28 @@ class Longest:
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._began_s = clock()
-        self._now_s = self._before_s = 0.0
+        self._now = self._before = (0.0, 0.0)
 
     def add(self, seconds: float) -> None:
         """Counts a batch."""
         self._turn()
-        self._now_s = max(seconds, self._now_s)
+        total, squares = self._now
+        self._now = (total + seconds, squares + seconds * seconds)
 
-    def get(self) -> float:
-        """Returns how long it took, in seconds; 0 for none."""
+    def typical(self) -> float:
+        """Returns the mean, in seconds, each batch weighted by what it took; 0 for none.
+
+        So a few long ones among many short ones count, and a single hiccup does not.
+        """
         self._turn()
-        return max(self._now_s, self._before_s)
+        total, squares = (now + before for now, before in zip(self._now, self._before, strict=True))
+        return squares / total if total else 0.0
 
     def _turn(self) -> None:
         passed_s = self._clock() - self._began_s
         if passed_s >= _WINDOW_S:
-            self._before_s = self._now_s if passed_s < 2 * _WINDOW_S else 0.0
-            self._now_s = 0.0
+            self._before = self._now if passed_s < 2 * _WINDOW_S else (0.0, 0.0)
+            self._now = (0.0, 0.0)
             self._began_s += passed_s
 
 
@@ -58,33 +66,40 @@ class CoreSharing:
 
     A kernel that preempts lazily may wake up a thread on a core where something unimportant computes, and let
     it wait there for the next tick. So who answers calls is moved to the other cores: as long as a version
-    that is being made ready keeps off some, these are enough, and batches are so short that a tick matters. Needs
+    that is being made ready keeps off some, these are enough, and their batches so short that a tick matters. Needs
     no rights beyond those over its own processes; where it may not move them, all stay where they are.
+
+    Args:
+        calls: returns how many calls are under way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Callable[[], int]) -> None:
+        self._calls = calls
         self._all: Set[int] = os.sched_getaffinity(0)
         self._loading: set[int] = set()
-        self._serving: dict[int, Longest] = {os.getpid(): Longest()}
+        self._serving: dict[int, BatchTimes] = {os.getpid(): BatchTimes()}
         self._task: asyncio.Task[None] | None = None
         self._refused = False
 
     def load(self, pid: int) -> None:
         """Counts an engine process as one that makes a version ready."""
         self._loading.add(pid)
-        if self._task is None and len(self._all) > 1:
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._loading and self._task is None and len(self._all) > 1:
             self._task = asyncio.get_running_loop().create_task(self._share())
             self._task.add_done_callback(self._on_end)
 
-    def serve(self, pid: int, longest: Longest) -> None:
+    def serve(self, pid: int, times: BatchTimes) -> None:
         """Counts an engine process as one that answers calls.
 
         Args:
             pid: the process.
-            longest: told of its batches.
+            times: told of its batches.
         """
         self._loading.discard(pid)
-        self._serving[pid] = longest
+        self._serving[pid] = times
 
     def forget(self, pid: int) -> None:
         """Counts an engine process no more: it has ended."""
@@ -95,34 +110,28 @@ class CoreSharing:
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("cores can't be shared", exc_info=error)
+            return
+        self._begin()  # for one that has begun to load this moment
 
     async def _share(self) -> None:
         placed: dict[int, Set[int]] = {}
-        used, looked_at_s, calm_since_s = self._used(), monotonic(), 0.0
+        average, calm_since_s = float(self._calls()), 0.0
         try:
             while self._loading:
                 await asyncio.sleep(_LOOK_S)
-                before, used = used, self._used()
-                passed_s, looked_at_s = monotonic() - looked_at_s, monotonic()
+                calls = self._calls()
+                average = _MEMORY * average + (1 - _MEMORY) * calls
                 free = self._all - frozenset().union(*map(_cores_of, self._loading))
-                busy = sum(used[pid] - before.get(pid, used[pid]) for pid in used) / passed_s
-                long = max(one.get() for one in self._serving.values()) > _LONG_S
-                if not free or long or busy > _BUSY * len(free):
+                many = average > _BUSY * len(free) or calls > _BURST * len(free)
+                long = max(one.typical() for one in self._serving.values()) > _LONG_S
+                if not free or long or many:
                     calm_since_s = 0.0
-                elif not calm_since_s and busy < _CALM * len(free):
-                    calm_since_s = looked_at_s
-                calm = calm_since_s and looked_at_s - calm_since_s >= _CALM_FOR_S
+                elif not calm_since_s and average < _CALM * len(free):
+                    calm_since_s = monotonic()
+                calm = calm_since_s and monotonic() - calm_since_s >= _CALM_FOR_S
                 self._place(free if calm else self._all, placed)
         finally:
             self._place(self._all, placed)
-
-    def _used(self) -> dict[int, float]:
-        """Returns the processor time that each of those who answer calls has had, in seconds."""
-        used: dict[int, float] = {}
-        for pid in self._serving:
-            with contextlib.suppress(OSError):
-                used[pid] = clock_gettime(~pid << 3 | _PROCESS_CLOCK)  # as clock_getcpuclockid(3) of Linux makes it
-        return used
 
     def _place(self, cores: Set[int], placed: dict[int, Set[int]]) -> None:
         """Moves to ``cores`` whoever is not there.

@@ -17,7 +17,7 @@ from modelport.exceptions import ModelportError
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
-from modelport_server.engines.cores import CoreSharing, Longest
+from modelport_server.engines.cores import BatchTimes, CoreSharing
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
@@ -82,7 +82,7 @@ class EngineProcess:
         self._on_gate = on_gate
         self._spawner = spawner
         self._cores = cores
-        self._longest = Longest()
+        self._times = BatchTimes()
         self._process: Child | None = None
         self._channel: socket.socket | None = None
         self._regions: list[tuple[Region, Region]] = []
@@ -235,7 +235,7 @@ class EngineProcess:
             golden, dependent = message["golden"], tuple(message["dependent"])
             ready.set_result(Loaded(message["engine"], golden, dependent, tuple(self._results)))
             if self._cores is not None:
-                self._cores.serve(self.pid, self._longest)
+                self._cores.serve(self.pid, self._times)
         elif op == "unreadable":
             ready.set_exception(UnreadableError(message["reason"]))
         if ready.done():
@@ -282,7 +282,7 @@ class EngineProcess:
         if reply["op"] == "failed":
             self._free.append(slot)
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
-        self._longest.add(reply["us"] / 1e6)
+        self._times.add(reply["us"] / 1e6)
         outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
         return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
 

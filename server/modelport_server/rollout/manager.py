@@ -40,7 +40,7 @@ class RolloutManager:
         self._models: dict[str, ModelRollout] = {}
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
         self._spawner = Spawner() if options.engine.zygote else None
-        self._cores = CoreSharing()
+        self._cores = CoreSharing(lambda: sum(rollout.calls for rollout in self._models.values()))
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
         self._failed: dict[str, str] = {}

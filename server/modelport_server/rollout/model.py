@@ -117,6 +117,11 @@ class ModelRollout:
         return self._route.serving.version if self._route.serving is not None else None
 
     @property
+    def calls(self) -> int:
+        """How many calls its versions have under way."""
+        return sum(one.servable.leases for one in self._versions.values() if one.servable is not None)
+
+    @property
     def baking(self) -> bool:
         """Whether a candidate is being compared, or its time is running."""
         rollout = self.desired.rollout
