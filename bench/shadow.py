@@ -151,7 +151,7 @@ class Bench:
             self.registry.approve(SMALL, CANDIDATE)
         else:
             self.registry.start_rollout(SMALL, CANDIDATE)
-        wait_for(self._is_shadowed, "the candidate to get copies", self.server.alive, _WAIT_S)
+        wait_for(self._is_shadowed, "calls to be copied or dropped", self.server.alive, _WAIT_S)
         yield
         self.registry.rollback(SMALL, reason="measured")
         self.server.wait_engines(1, self.server.alive)
@@ -160,7 +160,8 @@ class Bench:
         rollout = self.registry.state(SMALL).rollout
         if rollout is None:
             sys.exit(f"error: the candidate is gone: {self.registry.state(SMALL).rejected}")
-        return rollout.phase is Phase.STEP and self.client.rollouts.get(SMALL).figures.get("copied", 0) > 0
+        figures = self.client.rollouts.get(SMALL).figures  # with nothing to spare, all copies are dropped
+        return rollout.phase is Phase.STEP and figures.get("copied", 0) + figures.get("dropped", 0) > 0
 
     def _counts(self) -> Any:
         return self.client.rollouts.get(SMALL).figures
