@@ -160,8 +160,8 @@ class Bench:
         rollout = self.registry.state(SMALL).rollout
         if rollout is None:
             sys.exit(f"error: the candidate is gone: {self.registry.state(SMALL).rejected}")
-        figures = self.client.rollouts.get(SMALL).figures  # with nothing to spare, all copies are dropped
-        return rollout.phase is Phase.STEP and figures.get("copied", 0) + figures.get("dropped", 0) > 0
+        seen = self._counts()  # with nothing to spare, all copies are dropped
+        return rollout.phase is Phase.STEP and bool(seen.get("copied", 0) + seen.get("dropped", 0))
 
     def _counts(self) -> Any:
         return self.client.rollouts.get(SMALL).figures
