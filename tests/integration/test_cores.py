@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
+from modelport_server.engines._system import fewer_cores
 from modelport_server.engines.cores import BatchTimes, CoreSharing
 
 ALL = frozenset(os.sched_getaffinity(0))
@@ -86,6 +87,20 @@ async def test_who_needs_more_cores_has_them() -> None:
         await _become(lambda: _where() == _where(serving) == FREE)
         calls[0] = 64
         await _become(lambda: _where() == _where(serving) == ALL)
+
+
+async def test_who_gets_copies_keeps_off_the_cores_of_who_answers() -> None:
+    cores = CoreSharing(lambda: 1)
+    with _process(SLEEP) as serving, _process(SLEEP) as candidate:
+        cores.serve(serving, BatchTimes())
+        times = BatchTimes()
+        times.add(0.1)
+        cores.serve(candidate, times)
+        cores.copy_to({candidate})
+        taken = fewer_cores(ALL)
+        await _become(lambda: _where() == _where(serving) == ALL - taken and _where(candidate) == taken)
+        cores.copy_to(frozenset())
+        await _become(lambda: _where() == _where(serving) == _where(candidate) == ALL)
 
 
 async def test_long_batches_have_all_cores() -> None:

@@ -82,7 +82,7 @@ class Priority:
 
     def lower(self) -> None:
         """Gives every thread the lowest priority and fewer cores; those that are made later inherit both."""
-        _set_all(_LOWEST if self._can_return else None, _fewer(self._cores))
+        _set_all(_LOWEST if self._can_return else None, fewer_cores(self._cores))
 
     def restore(self) -> None:
         """Gives every thread the priority and the cores that the process began with."""
@@ -159,7 +159,7 @@ def _set_all(nice: int | None, cores: Set[int]) -> None:
                 os.sched_setaffinity(thread, cores)
 
 
-def _fewer(cores: Set[int]) -> Set[int]:
+def fewer_cores(cores: Set[int]) -> Set[int]:
     """Returns the cores that work which can wait may use: a quarter of them, but at least one, is left to callers.
 
     Priority alone is not enough: a kernel that preempts lazily lets whatever computes go on until its next

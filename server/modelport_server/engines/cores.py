@@ -10,6 +10,8 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from time import monotonic
 
+from modelport_server.engines._system import fewer_cores
+
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 0.05
@@ -62,12 +64,14 @@ class BatchTimes:
 
 
 class CoreSharing:
-    """Divides the cores between this process with its engines and the versions that are being made ready.
+    """Divides the cores between this process with its engines and work that nobody waits for.
+
+    That are versions that are being made ready, and those that get nothing but copies of calls.
 
     A kernel that preempts lazily may wake up a thread on a core where something unimportant computes, and let
-    it wait there for the next tick. So who answers calls is moved to the other cores: as long as a version
-    that is being made ready keeps off some, these are enough, and their batches so short that a tick matters. Needs
-    no rights beyond those over its own processes; where it may not move them, all stay where they are.
+    it wait there for the next tick. So who answers calls is moved to the other cores: as long as the others keep
+    off some, these are enough, and their batches so short that a tick matters. Versions that are being made ready
+    keep off some by themselves; those that get copies are moved. Needs no rights beyond those over its own processes; where it may not move them, all stay where they are.
 
     Args:
         calls: returns how many calls are under way.
@@ -77,6 +81,7 @@ class CoreSharing:
         self._calls = calls
         self._all: Set[int] = os.sched_getaffinity(0)
         self._loading: set[int] = set()
+        self._copied_to: Set[int] = frozenset()
         self._serving: dict[int, BatchTimes] = {os.getpid(): BatchTimes()}
         self._task: asyncio.Task[None] | None = None
         self._refused = False
@@ -86,10 +91,19 @@ class CoreSharing:
         self._loading.add(pid)
         self._begin()
 
+    def copy_to(self, pids: Set[int]) -> None:
+        """Says which of the engine processes that answer calls get nothing but copies for now."""
+        self._copied_to = pids
+        self._begin()
+
     def _begin(self) -> None:
-        if self._loading and self._task is None and len(self._all) > 1:
+        if self._behind and self._task is None and len(self._all) > 1:
             self._task = asyncio.get_running_loop().create_task(self._share())
             self._task.add_done_callback(self._on_end)
+
+    @property
+    def _behind(self) -> bool:
+        return bool(self._loading or self._copied_to)
 
     def serve(self, pid: int, times: BatchTimes) -> None:
         """Counts an engine process as one that answers calls.
@@ -117,30 +131,34 @@ class CoreSharing:
         placed: dict[int, Set[int]] = {}
         average, calm_since_s = float(self._calls()), 0.0
         try:
-            while self._loading:
+            while self._behind:
                 await asyncio.sleep(_LOOK_S)
                 calls = self._calls()
                 average = _MEMORY * average + (1 - _MEMORY) * calls
-                free = self._all - frozenset().union(*map(_cores_of, self._loading))
+                taken = fewer_cores(self._all) if self._copied_to else frozenset[int]()
+                free = self._all - taken.union(*map(_cores_of, self._loading))
                 many = average > _BUSY * len(free) or calls > _BURST * len(free)
-                long = max(one.typical() for one in self._serving.values()) > _LONG_S
+                answering = [times for pid, times in self._serving.items() if pid not in self._copied_to]
+                long = max(times.typical() for times in answering) > _LONG_S
                 if not free or long or many:
                     calm_since_s = 0.0
                 elif not calm_since_s and average < _CALM * len(free):
                     calm_since_s = monotonic()
                 calm = calm_since_s and monotonic() - calm_since_s >= _CALM_FOR_S
-                self._place(free if calm else self._all, placed)
+                self._place(free if calm else self._all, taken if calm else self._all, placed)
         finally:
-            self._place(self._all, placed)
+            self._place(self._all, self._all, placed)
 
-    def _place(self, cores: Set[int], placed: dict[int, Set[int]]) -> None:
-        """Moves to ``cores`` whoever is not there.
+    def _place(self, free: Set[int], taken: Set[int], placed: dict[int, Set[int]]) -> None:
+        """Moves whoever is not where it should be.
 
         Args:
-            cores: where to.
+            free: the cores of those who answer calls.
+            taken: the cores of those who get copies.
             placed: where each process is; on all cores if it is not in there.
         """
         for pid in self._serving:
+            cores = taken if pid in self._copied_to else free
             if placed.get(pid, self._all) != cores and not self._refused:
                 self._move(pid, cores)
                 placed[pid] = cores

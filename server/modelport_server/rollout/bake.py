@@ -79,6 +79,11 @@ class Bake:
         """How long the present phase and step have been seen, pauses left out, in seconds."""
         return (self._clock() if self._paused_at_s is None else self._paused_at_s) - self._since_s
 
+    @property
+    def copied_to(self) -> Servable | None:
+        """Who gets copies of calls and nothing else; None if nobody does."""
+        return self._shadow.candidate if self._shadow is not None else None
+
     def follow(self, desired: Desired, servables: Mapping[int, Servable]) -> None:
         """Takes in the rollout as it is now and who can answer, and watches those that matter."""
         rollout = desired.rollout

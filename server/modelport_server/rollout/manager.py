@@ -70,6 +70,7 @@ class RolloutManager:
                 self._failed[name] = repr(error)
             else:
                 self._failed.pop(name, None)
+        self._cores.copy_to({rollout.copied_to for rollout in self._models.values()} - {0})
 
     async def _act_on_news(self, duration_s: float) -> None:
         """Acts between two looks at the registry: on finished steps at once, on evidence a few times a second."""

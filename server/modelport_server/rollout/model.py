@@ -122,6 +122,12 @@ class ModelRollout:
         return sum(one.servable.leases for one in self._versions.values() if one.servable is not None)
 
     @property
+    def copied_to(self) -> int:
+        """The engine process that gets copies of calls and nothing else; 0 for none."""
+        servable = self._bake.copied_to
+        return servable.pid if servable is not None else 0
+
+    @property
     def baking(self) -> bool:
         """Whether a candidate is being compared, or its time is running."""
         rollout = self.desired.rollout
