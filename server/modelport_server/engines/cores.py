@@ -71,7 +71,8 @@ class CoreSharing:
     A kernel that preempts lazily may wake up a thread on a core where something unimportant computes, and let
     it wait there for the next tick. So who answers calls is moved to the other cores: as long as the others keep
     off some, these are enough, and their batches so short that a tick matters. Versions that are being made ready
-    keep off some by themselves; those that get copies are moved. Needs no rights beyond those over its own processes; where it may not move them, all stay where they are.
+    keep off some by themselves; those that get copies are moved. Needs no rights beyond those over its own
+    processes; where it may not move them, all stay where they are.
 
     Args:
         calls: returns how many calls are under way.
@@ -135,8 +136,8 @@ class CoreSharing:
                 await asyncio.sleep(_LOOK_S)
                 calls = self._calls()
                 average = _MEMORY * average + (1 - _MEMORY) * calls
-                taken = fewer_cores(self._all) if self._copied_to else frozenset[int]()
-                free = self._all - taken.union(*map(_cores_of, self._loading))
+                taken: Set[int] = fewer_cores(self._all) if self._copied_to else frozenset()
+                free = self._all - taken - frozenset().union(*map(_cores_of, self._loading))
                 many = average > _BUSY * len(free) or calls > _BURST * len(free)
                 answering = [times for pid, times in self._serving.items() if pid not in self._copied_to]
                 long = max(times.typical() for times in answering) > _LONG_S
