@@ -145,9 +145,13 @@ def _set_priority(thread: int, nice: int) -> None:
     os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
-def threads() -> list[int]:
-    """Returns the ids of this process's threads."""
-    return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+def threads(pid: int | None = None) -> list[int]:
+    """Returns the ids of a process's threads; of this one's by default.
+
+    Raises:
+        FileNotFoundError: if there is no such process.
+    """
+    return [int(entry.name) for entry in Path(f"/proc/{pid or 'self'}/task").iterdir()]
 
 
 def _set_all(nice: int | None, cores: Set[int]) -> None:

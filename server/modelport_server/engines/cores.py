@@ -7,10 +7,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Set
-from pathlib import Path
 from time import monotonic
 
-from modelport_server.engines._system import fewer_cores
+from modelport_server.engines._system import fewer_cores, threads
 
 _log = logging.getLogger(__name__)
 
@@ -165,14 +164,15 @@ class CoreSharing:
                 placed[pid] = cores
 
     def _move(self, pid: int, cores: Set[int]) -> None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for entry in Path(f"/proc/{pid}/task").iterdir():
-                try:
-                    os.sched_setaffinity(int(entry.name), cores)
-                except PermissionError as error:
-                    self._refused = True
-                    _log.info("calls and loading share all cores: %s", error.strerror)
-                    return
+        try:
+            for thread in threads(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread, cores)
+        except FileNotFoundError:
+            return  # it has ended
+        except OSError as error:
+            self._refused = True
+            _log.info("calls and loading share all cores: %s", error.strerror)
 
 
 def _cores_of(pid: int) -> Set[int]:
