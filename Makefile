@@ -49,8 +49,8 @@ stubs: $(INSTALLED) ## check that the generated stubs are fresh
 	@echo "stubs: regenerating and comparing"
 	@$(BIN)/python protos/generate.py --check
 
-# Two at a time, a file each: most tests wait for other processes most of the time.
-JOBS ?= 2
+# JOBS=2 runs two files at a time, which is faster where nobody else uses the cores: tests with callers want them.
+JOBS ?= 0
 
 test: stubs lint types ## all checks, and every test that is not slow
 	@$(PYTEST) -m "not slow" --numprocesses $(JOBS) --dist loadfile
