@@ -24,6 +24,7 @@ from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import Probe
 from modelport_server.once import Signal
 from modelport_server.options import BatchLimits, EngineLimits
+from modelport_server.rollout.agreement import MAX_ROWS, Compared
 from modelport_server.rollout.observation import Observer
 from modelport_server.signatures import (
     arrange,
@@ -33,7 +34,7 @@ from modelport_server.signatures import (
     is_batchable,
     wanted_outputs,
 )
-from modelport_server.tensors import RawTensor
+from modelport_server.tensors import RawTensor, cut_rows
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +88,9 @@ class Servable:
         self.retire_streams = Signal()
         self.observers: tuple[Observer, ...] = ()
         self._observed: dict[Call, None] = {}
+        self._copied_at_s = math.inf
         self._order = order
+        self._limits = limits
         self._engine_limits = engine_limits
         self._on_state = on_state
         self._on_rejected = on_rejected
@@ -220,9 +223,10 @@ class Servable:
 
     @property
     def oldest_wait_s(self) -> float:
-        """How long the oldest of the calls that are observed has been under way, in seconds; 0 without any."""
+        """How long the oldest of the observed calls and copies has been under way, in seconds; 0 without any."""
         oldest = next(iter(self._observed), None)
-        return monotonic() - oldest.enqueued_at if oldest is not None else 0.0
+        began_s = min(self._copied_at_s, oldest.enqueued_at if oldest is not None else math.inf)
+        return max(0.0, monotonic() - began_s)
 
     async def run(self, batch: Batch) -> BatchOutput:
         """Runs a batch on the engine, as the batcher asks."""
@@ -272,6 +276,40 @@ class Servable:
             return probe
         finally:
             del self._probes[call]
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether ``compare`` can be called now."""
+        return self._engine is not None and self._engine.takes_copies
+
+    async def compare(self, call: Call, *, look: bool) -> Compared:
+        """Runs a copy of a call that another version has answered, and returns how the outputs compare.
+
+        Of a call of many rows only as many run as one batch has. No observer hears of it.
+
+        Args:
+            call: it; its future has the answer.
+            look: whether to find the categories of the outputs' rows.
+
+        Raises:
+            InvalidCallError: if the call is not one for this version.
+            ServeError: if it can't be run.
+        """
+        served = self.signature(call.signature)
+        inputs: Sequence[RawTensor] = arrange(served.spec, call.inputs)
+        if served.spec.batched:
+            common_rows(served.spec, inputs)
+        answer: Sequence[RawTensor] = call.future.result().outputs
+        most = min(self._limits.max_batch_size, MAX_ROWS)
+        if call.splittable and served.batched and call.rows > most:
+            inputs, answer = ([cut_rows(tensor, 0, most) for tensor in tensors] for tensors in (inputs, answer))
+        if self._engine is None:
+            raise EngineDiedError("the engine is not there")
+        self._copied_at_s = monotonic()
+        try:
+            return await self._engine.compare(served.spec.name, inputs, answer, look=look)
+        finally:
+            self._copied_at_s = math.inf
 
     def signature(self, name: str) -> ServedSignature:
         """Returns the signature named, ``serving_default`` for an empty name.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from typing import Any, NoReturn, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ import pytest
 from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import RolloutPolicy
 from modelport_server.batching.calls import Answer, Call
-from modelport_server.errors import InvalidCallError
+from modelport_server.errors import ExpiredError, InvalidCallError, ModelFailureError, ServeError
+from modelport_server.rollout.agreement import Agreement, Compared, agreeing_rows
 from modelport_server.rollout.comparison import Verdict, VerdictKind
-from modelport_server.rollout.shadow import Agreement, Shadow, agreeing_rows
+from modelport_server.rollout.evidence import CALLER_FAULTS, FAILED, ROWS, Evidence, bucket_of, size_of
+from modelport_server.rollout.shadow import Shadow
 from modelport_server.tensors import RawTensor
 
 
@@ -86,27 +90,189 @@ def test_the_rows_of_one_call_may_have_one_cause() -> None:
     assert one.too_seldom(0.5, ALARM)
 
 
-class Choosy:
-    """A candidate that takes none of the calls that the stable version gets."""
+class Candidate:
+    """A candidate that answers copies as it is told to."""
 
     pid = os.getpid()
+    takes_copies = True
 
-    def prepare(self, signature: str, *_: object) -> NoReturn:
-        raise InvalidCallError(f"m has no signature {signature!r}")
+    def __init__(self, answer: Callable[[Call], Compared]) -> None:
+        self._answer = answer
+        self.copies: list[Call] = []
+
+    async def compare(self, call: Call, *, look: bool) -> Compared:
+        """Takes a copy."""
+        self.copies.append(call)
+        await asyncio.sleep(0)
+        return self._answer(call)
+
+
+@dataclass
+class Machine:
+    """Whether there is a core to spare."""
+
+    idle: bool = True
+
+    def __call__(self) -> bool:
+        return self.idle
+
+
+def _call(signature: str = "serving_default", input_bytes: int = 0) -> Call:
+    """Returns a call of one row that has been answered."""
+    future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    future.set_result(Answer(1, (raw([[1.0, 2.0]]),), 0, 0))
+    inputs = (raw(np.zeros((1, input_bytes // 4))),)
+    return Call(signature, (signature,), inputs, 1, splittable=False, future=future)
+
+
+def _shadow(candidate: Candidate, share: float = 1.0, machine: Machine | None = None) -> tuple[Shadow, Evidence]:
+    evidence = Evidence()
+    shadow = Shadow(cast("Any", candidate), evidence, share, RolloutPolicy(), machine or Machine())
+    return shadow, evidence
+
+
+async def _settled() -> None:
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
+def _figures(shadow: Shadow) -> Mapping[str, Any]:
+    return shadow.judge(Verdict(VerdictKind.FINE, "no worse")).figures
+
+
+def _agrees(call: Call) -> Compared:
+    return Compared(1500, {"y": (1, 1)}, {"y": [1]})
+
+
+def _refuses(call: Call) -> Compared:
+    raise InvalidCallError(f"m has no signature {call.signature!r}")
+
+
+async def test_what_the_candidate_makes_of_copies_is_evidence() -> None:
+    candidate = Candidate(_agrees)
+    shadow, evidence = _shadow(candidate)
+    for _ in range(5):
+        shadow.on_call(_call(), 0.0)
+    await _settled()
+    seen = evidence.snapshot()
+    assert (seen.ended, seen.calls.totals[FAILED]) == (5, 0)
+    assert seen.engine["serving_default", size_of(1)].totals[bucket_of(0.0015)] == 5
+    assert seen.outputs["serving_default", "y"].counts.totals[ROWS] == 5
+    figures = _figures(shadow)
+    assert (figures["copied"], figures["dropped"], figures["failed"], figures["rows"]) == (5, 0, 0, 5)
+
+
+async def test_calls_that_were_not_answered_are_not_copied() -> None:
+    candidate = Candidate(_agrees)
+    shadow, _ = _shadow(candidate)
+    failed, left = _call(), _call()
+    failed.future = asyncio.get_running_loop().create_future()
+    failed.future.set_exception(ExpiredError("too late"))
+    left.future = asyncio.get_running_loop().create_future()
+    left.future.cancel()
+    shadow.on_call(failed, 0.0)
+    shadow.on_call(left, 0.0)
+    await _settled()
+    assert candidate.copies == []
+
+
+async def test_a_share_of_the_calls_is_copied() -> None:
+    candidate = Candidate(_agrees)
+    shadow, _ = _shadow(candidate, share=0.25)
+    for _ in range(40):
+        shadow.on_call(_call(), 0.0)
+        await _settled()
+    assert len(candidate.copies) == 10
+
+
+async def test_copies_are_dropped_where_there_is_no_core_to_spare() -> None:
+    candidate, machine = Candidate(_agrees), Machine(idle=False)
+    shadow, _ = _shadow(candidate, machine=machine)
+    for _ in range(3):
+        shadow.on_call(_call(), 0.0)
+    await _settled()
+    machine.idle = True
+    shadow.on_call(_call(), 0.0)
+    await _settled()
+    assert (_figures(shadow)["copied"], _figures(shadow)["dropped"]) == (1, 3)
+
+
+async def test_what_waits_to_be_copied_is_bounded() -> None:
+    candidate = Candidate(_agrees)
+    shadow, _ = _shadow(candidate)
+    for _ in range(100):
+        shadow.on_call(_call(), 0.0)
+    await _settled()
+    first = _figures(shadow)
+    assert (first["copied"], first["dropped"]) == (32, 68)
+    for _ in range(10):
+        shadow.on_call(_call(input_bytes=5 << 20), 0.0)
+    await _settled()
+    assert (_figures(shadow)["copied"], _figures(shadow)["dropped"]) == (32 + 3, 68 + 7)
+
+
+async def test_a_candidate_that_is_busy_or_gone_gets_no_copy() -> None:
+    candidate = Candidate(_agrees)
+    candidate.takes_copies = False
+    shadow, evidence = _shadow(candidate)
+    shadow.on_call(_call(), 0.0)
+    await _settled()
+    assert (_figures(shadow)["dropped"], evidence.snapshot().ended) == (1, 0)
+
+
+async def test_a_shadow_that_is_over_copies_nothing_more() -> None:
+    candidate = Candidate(_agrees)
+    shadow, _ = _shadow(candidate)
+    for _ in range(5):
+        shadow.on_call(_call(), 0.0)
+    shadow.stop()
+    await _settled()
+    assert candidate.copies == []
+
+
+@pytest.mark.parametrize(
+    ("error", "faults"), [(ModelFailureError("no"), (1, 0)), (ModelFailureError("no", caller_fault=True), (0, 1))]
+)
+async def test_a_copy_that_fails_is_evidence(error: ServeError, faults: tuple[int, int]) -> None:
+    def fail(call: Call) -> Compared:
+        raise error
+
+    shadow, evidence = _shadow(Candidate(fail))
+    shadow.on_call(_call(), 0.0)
+    await _settled()
+    totals = evidence.snapshot().calls.totals
+    assert (totals[FAILED], totals[CALLER_FAULTS]) == faults
+    assert _figures(shadow)["failed"] == 1
+
+
+async def test_a_fault_of_ours_is_logged_and_the_next_call_is_copied(caplog: pytest.LogCaptureFixture) -> None:
+    broken = [True]
+
+    def stumble(call: Call) -> Compared:
+        if broken.pop():
+            raise RuntimeError("a fault of ours")
+        return _agrees(call)
+
+    broken.insert(0, False)
+    shadow, _ = _shadow(Candidate(stumble))
+    shadow.on_call(_call(), 0.0)
+    await _settled()
+    assert "a call could not be copied" in caplog.text
+    shadow.on_call(_call(), 0.0)
+    await _settled()
+    assert _figures(shadow)["copied"] == 1
 
 
 async def test_a_candidate_that_takes_none_of_the_calls_agrees_in_nothing() -> None:
     policy = RolloutPolicy()
-    shadow = Shadow(cast("Any", Choosy()), 1.0, policy, lambda: True)
-    answers = asyncio.get_running_loop()
+    shadow, evidence = _shadow(Candidate(_refuses))
     for _ in range(20 * policy.min_calls):
-        future: asyncio.Future[Answer] = answers.create_future()
-        future.set_result(Answer(1, (raw([1.0, 2.0]),), 0, 0))
-        shadow.on_call(Call("gone", ("gone",), (), 1, splittable=False, future=future), 0.0)
-        await asyncio.sleep(0)
+        shadow.on_call(_call("gone"), 0.0)
+        await _settled()
     found = shadow.judge(Verdict(VerdictKind.WAITING, "0 of the 100 calls that it takes to tell"))
     assert found.kind is VerdictKind.WORSE
     assert "output 'gone/y' agrees in 0.00%" in found.reason
+    assert evidence.snapshot().ended == 0
 
 
 def test_without_rows_nothing_is_known() -> None:
@@ -115,22 +281,27 @@ def test_without_rows_nothing_is_known() -> None:
     assert (one.share, one.too_seldom(LEAST, 0.5)) == (1.0, False)
 
 
-def _judged(agreements: dict[str, tuple[int, int]]) -> Verdict:
+async def _judged(agreements: dict[str, tuple[int, int]]) -> Verdict:
     """Returns a verdict after calls of one row each: per signature how many, and how many of them agreed."""
-    shadow = Shadow(cast("Any", Choosy()), 1.0, RolloutPolicy())
-    for signature, (rows, agreed) in agreements.items():
-        for index in range(rows):
-            given = {"y": raw([1.0])} if index >= rows - agreed else {}
-            compare = cast("Any", shadow)._compare
-            compare(signature, Answer(1, (raw([1.0]),), 0, 0), given)
+    left = {signature: agreed for signature, (_, agreed) in agreements.items()}
+
+    def answer(call: Call) -> Compared:
+        left[call.signature] -= 1
+        return Compared(100, {"y": (1, int(left[call.signature] >= 0))}, {})
+
+    shadow, _ = _shadow(Candidate(answer))
+    for signature, (rows, _agreed) in agreements.items():
+        for _ in range(rows):
+            shadow.on_call(_call(signature), 0.0)
+            await _settled()
     return shadow.judge(Verdict(VerdictKind.FINE, "no worse"))
 
 
-def test_a_signature_that_hardly_anybody_calls_holds_up_nothing() -> None:
-    assert _judged({"serving_default": (200, 200), "rare": (1, 1)}).kind is VerdictKind.FINE
-    assert _judged({"serving_default": (50, 50), "rare": (1, 1)}).kind is VerdictKind.WAITING
+async def test_a_signature_that_hardly_anybody_calls_holds_up_nothing() -> None:
+    assert (await _judged({"serving_default": (200, 200), "rare": (1, 1)})).kind is VerdictKind.FINE
+    assert (await _judged({"serving_default": (50, 50), "rare": (1, 1)})).kind is VerdictKind.WAITING
 
 
-def test_outputs_of_the_same_name_are_told_apart_by_signature() -> None:
-    found = _judged({"serving_default": (200, 200), "other": (200, 0)})
+async def test_outputs_of_the_same_name_are_told_apart_by_signature() -> None:
+    found = await _judged({"serving_default": (200, 200), "other": (200, 0)})
     assert (found.kind, found.figures["agreement"]) == (VerdictKind.WORSE, {"y": 1.0, "other/y": 0.0})

@@ -2,9 +2,10 @@
 
 Each message is one JSON object in one packet; tensors lie in the shared memory of the slot that the
 message names. The front sends ``load`` once, with the order in the first slot's memory, then ``run`` for
-each batch. The engine process answers with ``begin`` and ``end`` for each gate and then, if all were
-passed, ``ready``, or ``unreadable``; and with ``done`` or ``failed`` for each ``run``. A ``warning`` may
-come at any time.
+each batch, and ``compare`` for each copy of a call, with the answer that the call got. The engine process
+answers with ``begin`` and ``end`` for each gate and then, if all were passed, ``ready``, or ``unreadable``;
+with ``done`` or ``failed`` for each ``run``, and ``compared`` or ``failed`` for each ``compare``. A ``warning``
+may come at any time.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from time import monotonic
@@ -21,14 +21,17 @@ from modelport_server.engines.cores import BatchTimes, CoreSharing
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
-from modelport_server.errors import EngineDiedError, ModelFailureError
+from modelport_server.errors import EngineDiedError, ModelFailureError, OverloadedError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import EngineLimits
+from modelport_server.rollout.agreement import Compared
 from modelport_server.tensors import RawTensor, cut_rows, join_rows
 
 _log = logging.getLogger(__name__)
 _SLOTS = 2
+_COPY_SLOT = _SLOTS
+"""The slot of copies of calls, which come one after another beside whatever else the engine is at."""
 _STOP_S = 1.0
 _USE_POLL_S = 0.2
 _ENDED = "the engine process ended"
@@ -87,6 +90,7 @@ class EngineProcess:
         self._channel: socket.socket | None = None
         self._regions: list[tuple[Region, Region]] = []
         self._free: list[int] = []
+        self._copying = False
         self._ready: asyncio.Future[Loaded] | None = None
         self._gate = gates.INTEGRITY
         self._gate_began = 0.0
@@ -103,6 +107,11 @@ class EngineProcess:
     def slots(self) -> int:
         """How many batches can be under way at once."""
         return _SLOTS
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether ``compare`` can be called now."""
+        return not self._copying and not self._ended.is_set()
 
     @property
     def pid(self) -> int:
@@ -174,7 +183,7 @@ class EngineProcess:
             side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * messages.MAX_MESSAGE_BYTES)
         ours.setblocking(False)
         self._channel = ours
-        self._regions = [(Region.create("inputs"), Region.create("outputs")) for _ in range(_SLOTS)]
+        self._regions = [(Region.create("inputs"), Region.create("outputs")) for _ in range(_SLOTS + 1)]
         self._free = list(range(_SLOTS))
         return theirs
 
@@ -213,7 +222,7 @@ class EngineProcess:
 
     def _on_message(self, message: messages.Message) -> None:
         op = message["op"]
-        if op in ("done", "failed"):
+        if op in ("done", "compared", "failed"):
             future = self._running.pop(message["id"], None)
             self._watch_oldest()
             if future is not None and not future.done():
@@ -263,21 +272,12 @@ class EngineProcess:
         if self._ended.is_set() or not self._free:
             raise EngineDiedError("the engine died")
         slot = self._free.pop()
-        self._next_id += 1
-        number = self._next_id
         try:
-            self._send(self._run_message(number, slot, batch))
-        except messages.MessageTooLargeError as error:
-            self._free.append(slot)
-            raise ModelFailureError("the call has too many inputs") from error
+            future = self._begin_run("run", slot, batch.signature, _joined(batch))
         except BaseException:
             self._free.append(slot)
             raise
         # From here on the slot is the engine's until it answers, whatever becomes of this call.
-        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
-        self._running[number] = future
-        if len(self._running) == 1:
-            self._watch_oldest()
         reply = await future
         if reply["op"] == "failed":
             self._free.append(slot)
@@ -286,18 +286,76 @@ class EngineProcess:
         outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
         return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
 
-    def _run_message(self, number: int, slot: int, batch: Batch) -> messages.Message:
-        tensors = _joined(batch)
+    async def compare(
+        self, signature: str, inputs: Sequence[RawTensor], answer: Sequence[RawTensor], *, look: bool
+    ) -> Compared:
+        """Runs a copy of a call and returns how its outputs compare with what another version answered.
+
+        Args:
+            signature: its name.
+            inputs: every input, in the signature's order; all rows run together.
+            answer: the other version's outputs.
+            look: whether to find the categories of the outputs' rows.
+
+        Raises:
+            ModelFailureError: if the model failed.
+            EngineDiedError: if the process died, or hung and was killed.
+            OverloadedError: if a copy is under way.
+        """
+        if not self.takes_copies:
+            if self._ended.is_set():
+                raise EngineDiedError("the engine died")
+            raise OverloadedError("a copy is under way", retry_after_s=0.01)
+        self._copying = True
+        try:
+            future = self._begin_run("compare", _COPY_SLOT, signature, inputs, answer, look=look)
+        except BaseException:
+            self._copying = False
+            raise
+        future.add_done_callback(self._on_compared)  # not when this returns: then somebody may have given it up
+        reply = await future
+        if reply["op"] == "failed":
+            raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
+        agreeing = {name: (rows, agreed) for name, rows, agreed in reply["agreeing"]}
+        return Compared(reply["us"], agreeing, reply["categories"])
+
+    def _on_compared(self, _: object) -> None:
+        self._copying = False
+
+    def _begin_run(
+        self,
+        op: str,
+        slot: int,
+        signature: str,
+        inputs: Sequence[RawTensor],
+        answer: Sequence[RawTensor] = (),
+        *,
+        look: bool = False,
+    ) -> asyncio.Future[messages.Message]:
+        """Puts tensors into a free slot and has the engine run them; returns what will be its reply."""
+        self._next_id += 1
+        tensors = [*inputs, *answer]
         entries, size = messages.describe(tensors)
         messages.write(self._regions[slot][0], tensors, entries, size)
-        return {
-            "op": "run",
-            "id": number,
+        message: messages.Message = {
+            "op": op,
+            "id": self._next_id,
             "slot": slot,
-            "signature": batch.signature,
+            "signature": signature,
             "size": size,
-            "inputs": entries,
+            "inputs": entries[: len(inputs)],
+            "answer": entries[len(inputs) :],
+            "look": look,
         }
+        try:
+            self._send(message)
+        except messages.MessageTooLargeError as error:
+            raise ModelFailureError("the call has too many inputs") from error
+        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
+        self._running[self._next_id] = future
+        if len(self._running) == 1:
+            self._watch_oldest()
+        return future
 
     def _watch_oldest(self) -> None:
         """Times the batch that the engine has begun: it runs one after another, whatever is queued."""

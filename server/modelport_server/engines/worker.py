@@ -29,6 +29,8 @@ from modelport_server.engines.verification import GoldenMismatchError, Verified,
 from modelport_server.engines.warming import Request, TimedEngine, WarmUp, WarmUpError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
+from modelport_server.rollout.agreement import agreeing_rows
+from modelport_server.rollout.categories import categories
 from modelport_server.signatures import is_batchable
 from modelport_server.tensors import RawTensor
 
@@ -97,8 +99,15 @@ class Worker:
             outputs = self._engine.run(message["signature"], inputs)
             spent_us = int((time.monotonic() - started) * 1e6)
             cpu_us = int((time.process_time() - started_cpu) * 1e6)
-            entries, size = _write_outputs(outputs_region, outputs)
-            self._send(reply | {"op": "done", "outputs": entries, "size": size, "us": spent_us, "cpu_us": cpu_us})
+            reply |= {"us": spent_us, "cpu_us": cpu_us}
+            if message["op"] == "compare":
+                answer = messages.read(inputs_region, message["answer"], message["size"])
+                self._send(reply | {"op": "compared"} | _comparison(answer, _raw(outputs), look=message["look"]))
+                return
+            tensors = _raw(outputs)
+            entries, size = messages.describe(tensors)
+            messages.write(outputs_region, tensors, entries, size)
+            self._send(reply | {"op": "done", "outputs": entries, "size": size})
         except EngineError as error:
             self._send(reply | {"op": "failed", "caller_fault": error.caller_fault, "message": str(error)})
         except OSError:
@@ -282,15 +291,20 @@ class _Loading:
             raise _UnreadableError(str(error)) from error
 
 
-def _write_outputs(region: Region, outputs: Mapping[str, Array]) -> tuple[list[list[object]], int]:
+def _raw(outputs: Mapping[str, Array]) -> list[RawTensor]:
     tensors: list[RawTensor] = []
     for name in sorted(outputs):
         array = outputs[name]
         dtype = dtype_of(array)
         tensors.append(RawTensor(name, dtype, array.shape, array_bytes(array, dtype)))
-    entries, size = messages.describe(tensors)
-    messages.write(region, tensors, entries, size)
-    return entries, size
+    return tensors
+
+
+def _comparison(answer: Sequence[RawTensor], outputs: Sequence[RawTensor], *, look: bool) -> messages.Message:
+    """Returns what the reply to ``compare`` says of the outputs; ``look`` asks for their rows' categories."""
+    given = {tensor.name: tensor for tensor in outputs}
+    agreeing = [[tensor.name, *agreeing_rows(tensor, given.get(tensor.name))] for tensor in answer]
+    return {"agreeing": agreeing, "categories": {t.name: categories(t) for t in outputs} if look else {}}
 
 
 def preload() -> None:

@@ -8,15 +8,18 @@ from time import monotonic
 from modelport_registry import Phase, Rollout, RolloutPolicy, StepKind
 from modelport_registry import State as Desired
 from modelport_server.batching.calls import Batch, BatchOutput, Call
-from modelport_server.errors import ModelFailureError, OverloadedError
 from modelport_server.rollout.comparison import ComparisonLimits, Verdict, compare
-from modelport_server.rollout.evidence import Evidence, EvidenceSnapshot, Outcome
+from modelport_server.rollout.evidence import Evidence, EvidenceSnapshot, Outcome, outcome_of
 from modelport_server.rollout.shadow import Shadow
 from modelport_server.rollout.status import Traffic
 from modelport_server.servable import Servable
 
 _LOOK_S = 0.2
-"""How long a verdict holds: less than the time between two looks of the manager, so that each finds a new one."""
+"""How long a verdict holds at least: less than the time between two looks of the manager, so that each may judge."""
+_LONGEST_LOOK_S = 1.2
+"""And at most: what can be told is to be acted on within two seconds."""
+_SHARE = 1 / 500
+"""The share of the time that comparing may take where that is possible: calls wait meanwhile."""
 _Key = tuple[str, Phase, int, int | None]
 
 
@@ -29,7 +32,11 @@ class Witness:
 
     def on_call(self, call: Call, now_s: float) -> None:
         """Counts a call."""
-        outcome = outcome_of(call)
+        if call.future.cancelled():
+            outcome: Outcome | None = Outcome.CANCELLED
+        else:
+            error = call.future.exception()
+            outcome = outcome_of(error) if error is not None else Outcome.ANSWERED
         if outcome is not None:
             self.evidence.on_call(outcome, now_s - call.enqueued_at)
 
@@ -40,20 +47,6 @@ class Witness:
     def snapshot(self) -> EvidenceSnapshot:
         """Returns what has been seen."""
         return self.evidence.snapshot(oldest_wait_s=self.servable.oldest_wait_s)
-
-
-def outcome_of(call: Call) -> Outcome | None:
-    """Returns how a call ended; None where that says nothing about the version."""
-    if call.future.cancelled():
-        return Outcome.CANCELLED
-    error = call.future.exception()
-    if error is None:
-        return Outcome.ANSWERED
-    if isinstance(error, OverloadedError):
-        return None
-    if isinstance(error, ModelFailureError) and error.caller_fault:
-        return Outcome.CALLER_FAULT
-    return Outcome.FAILED
 
 
 class Bake:
@@ -71,7 +64,7 @@ class Bake:
         self._witnesses: dict[int, Witness] = {}
         self._baseline: EvidenceSnapshot | None = None
         self._shadow: Shadow | None = None
-        self._judged_at_s = float("-inf")
+        self._judge_at_s = float("-inf")
         self._verdict: Verdict | None = None
 
     @property
@@ -103,11 +96,16 @@ class Bake:
         predecessor = self._witnesses.get(rollout.previous) if rollout is not None and rollout.previous else None
         self._baseline = predecessor.snapshot() if predecessor is not None else _kept(rollout)
         self._key, self._since_s, self._paused_at_s = key, self._clock(), None
-        self._judged_at_s, self._verdict = float("-inf"), None
+        self._judge_at_s, self._verdict = float("-inf"), None
         for witness in self._witnesses.values():
             witness.servable.observers = ()
         self._witnesses = {}
-        self._shadow = None
+        self._end_shadow()
+
+    def _end_shadow(self) -> None:
+        if self._shadow is not None:
+            self._shadow.stop()
+            self._shadow = None
 
     def _pause(self, *, paused: bool) -> None:
         """Stops the phase's clock, or lets it go on; what is seen meanwhile counts all the same."""
@@ -131,7 +129,8 @@ class Bake:
         if step is None or step.kind is not StepKind.SHADOW or candidate is None or stable is None:
             return
         if self._shadow is None or self._shadow.candidate is not candidate:
-            self._shadow = Shadow(candidate, step.share, policy)
+            self._end_shadow()
+            self._shadow = Shadow(candidate, self._witnesses[rollout.version].evidence, step.share, policy)
         stable.servable.observers = (stable, self._shadow)
 
     def verdict(self, desired: Desired) -> Verdict | None:
@@ -139,9 +138,11 @@ class Bake:
         rollout = desired.rollout
         if rollout is None or self._key != _key(rollout):
             return None
-        if self._clock() - self._judged_at_s >= _LOOK_S:
-            self._judged_at_s = self._clock()
+        began_s = self._clock()
+        if began_s >= self._judge_at_s:
             self._verdict = self._judge(rollout, desired.policy)
+            took_s = self._clock() - began_s
+            self._judge_at_s = began_s + min(max(_LOOK_S, took_s / _SHARE), _LONGEST_LOOK_S)
         return self._verdict
 
     def _judge(self, rollout: Rollout, policy: RolloutPolicy) -> Verdict | None:

@@ -17,6 +17,7 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
+from modelport_server.errors import ModelFailureError, OverloadedError
 from modelport_server.rollout.categories import NON_FINITE, categories
 from modelport_server.rollout.status import Traffic
 from modelport_server.rollout.timeline import WINDOW_S, Counts, Timeline
@@ -47,6 +48,15 @@ class Outcome(Enum):
     """The model blamed the inputs."""
     CANCELLED = "cancelled"
     """The caller left."""
+
+
+def outcome_of(error: BaseException) -> Outcome | None:
+    """Returns how a call ended that failed with ``error``; None where that says nothing about the version."""
+    if isinstance(error, OverloadedError):
+        return None
+    if isinstance(error, ModelFailureError) and error.caller_fault:
+        return Outcome.CALLER_FAULT
+    return Outcome.FAILED
 
 
 def bucket_of(seconds: float) -> int:
@@ -203,32 +213,39 @@ class Evidence:
             engine_time_us: how long the engine took, in microseconds.
             outputs: all outputs, valid during the call.
         """
-        now = self._clock()
+        self.on_time(signature, rows, engine_time_us)
+        if self.looks():
+            self.on_categories(signature, {tensor.name: categories(tensor) for tensor in outputs})
+
+    def on_time(self, signature: str, rows: int, engine_time_us: int) -> None:
+        """Counts how long the engine took for a batch, in microseconds."""
         key = (signature, size_of(rows))
         times = self._engine.get(key)
         if times is None and len(self._engine) < _MAX_SIZES:
             times = self._engine[key] = Timeline(BUCKETS)
         if times is not None:
-            times.row(now)[bucket_of(engine_time_us / 1e6)] += 1
-        window = int(now / WINDOW_S)
+            times.row(self._clock())[bucket_of(engine_time_us / 1e6)] += 1
+
+    def looks(self) -> bool:
+        """Returns whether the next batch's outputs are to be looked into, and counts it as one that is."""
+        window = int(self._clock() / WINDOW_S)
         if window != self._looked_in:
             self._looks, self._looked_in = 0, window
         self._looks += 1
-        if self._looks <= _LOOKS_PER_WINDOW:
-            for tensor in outputs:
-                self._look(signature, tensor, now)
+        return self._looks <= _LOOKS_PER_WINDOW
 
-    def _look(self, signature: str, tensor: RawTensor, now_s: float) -> None:
-        found = categories(tensor)
-        if not found:
-            return
-        key = (signature, tensor.name)
-        output = self._outputs.get(key)
-        if output is None:
-            if len(self._outputs) == _MAX_OUTPUTS:
-                return
-            output = self._outputs[key] = _Output()
-        output.add(found, now_s)
+    def on_categories(self, signature: str, found: Mapping[str, Sequence[int]]) -> None:
+        """Counts the categories of the rows of a batch's outputs."""
+        now = self._clock()
+        for name, labels in found.items():
+            if not labels:
+                continue
+            output = self._outputs.get((signature, name))
+            if output is None:
+                if len(self._outputs) == _MAX_OUTPUTS:
+                    continue
+                output = self._outputs[signature, name] = _Output()
+            output.add(labels, now)
 
     def snapshot(self, *, oldest_wait_s: float = 0.0) -> EvidenceSnapshot:
         """Returns what has been seen so far.

@@ -3,85 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import logging
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from time import monotonic
 
-import numpy as np
-
-from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_SIGNATURE
-from modelport.tensors import array_from_bytes
 from modelport_registry import JSON, RolloutPolicy
-from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
-from modelport_server.errors import InvalidCallError
+from modelport_server.batching.calls import Batch, BatchOutput, Call
+from modelport_server.errors import InvalidCallError, ServeError
+from modelport_server.rollout.agreement import Agreement, agreeing_rows
 from modelport_server.rollout.comparison import Verdict, VerdictKind
-from modelport_server.rollout.sequential import ODDS
+from modelport_server.rollout.evidence import Evidence, Outcome, outcome_of
 from modelport_server.rollout.spare import SpareTime
 from modelport_server.servable import Servable
-from modelport_server.tensors import RawTensor
 
-_MAX_UNDER_WAY = 2
-_PATIENCE_S = 5.0
-_MAX_ROWS = 1024
-"""A larger call is compared in its first rows."""
-_UNITS = 4.0
-"""How many independent rows those of one call count for at most: callers send what is alike together."""
+_log = logging.getLogger(__name__)
+
+_MAX_WAITING = 32
+"""Calls that end together are copied one after another; more than so many are not kept for it."""
+_MAX_WAITING_BYTES = 16 << 20
+"""The same in bytes of inputs."""
 _FALSE_ALARM = 1e-5
 """How likely an output that agrees often enough is said not to, over all looks at it."""
 _SUSPICION = 0.05
-
-
-@dataclass(slots=True)
-class Agreement:
-    """How many rows of one output came out alike, and how much speaks for their being too few.
-
-    Bets that rows agree too seldom, one on each of ``ODDS``, made before each call is seen: see ``sequential``.
-    """
-
-    rows: int = 0
-    agreed: int = 0
-    bets: list[float] = field(default_factory=lambda: [0.0] * len(ODDS))
-    """Their logarithms."""
-
-    def add(self, rows: int, agreed: int, least: float) -> None:
-        """Counts a call.
-
-        Args:
-            rows: how many rows it had.
-            agreed: how many of them came out alike.
-            least: which share of all rows has to.
-        """
-        if not rows:
-            return
-        self.rows += rows
-        self.agreed += agreed
-        weight = min(1.0, _UNITS / rows)
-        for index, odds in enumerate(ODDS):
-            won = (rows - agreed) * math.log(odds) - rows * math.log1p((1 - least) * (odds - 1))
-            self.bets[index] += weight * won
-
-    @property
-    def share(self) -> float:
-        """The share of the rows that agreed; 1 where there was none."""
-        return self.agreed / self.rows if self.rows else 1.0
-
-    def too_seldom(self, least: float, chance: float) -> bool:
-        """Returns whether rows agree in less than ``least``, unless it is by a chance of ``chance`` at most."""
-        highest = max(self.bets)
-        log_e = highest + math.log(sum(math.exp(bet - highest) for bet in self.bets) / len(self.bets))
-        return self.share < least and log_e >= math.log(1 / chance)
 
 
 class Shadow:
     """Copies a share of the stable version's calls to the candidate once their callers have been answered.
 
     Callers never wait for it: a call is copied after it has ended, and dropped where the candidate is
-    still busy with the last copies or the machine has no core to spare.
+    behind with the last copies or the machine has no core to spare. The candidate's engine process compares
+    the answers: whatever is done here, callers wait for.
 
     Args:
         candidate: gets the copies.
+        evidence: told what the candidate makes of them.
         share: of the calls, 0 to 1.
         policy: what counts as agreement.
         is_idle: returns whether the machine has a core to spare; by default the machine is asked.
@@ -90,18 +47,21 @@ class Shadow:
     def __init__(
         self,
         candidate: Servable,
+        evidence: Evidence,
         share: float,
         policy: RolloutPolicy,
         is_idle: Callable[[], bool] | None = None,
     ) -> None:
         self.candidate = candidate
+        self._evidence = evidence
         self._share = share
         self._policy = policy
         self._owed = 0.0
-        self._under_way: set[asyncio.Future[Answer]] = set()
+        self._waiting: deque[Call] = deque()
+        self._waiting_bytes = 0
+        self._task: asyncio.Task[None] | None = None
         self._is_idle = is_idle or SpareTime(lambda: candidate.pid).there_is
         self._agreement: dict[str, Agreement] = {}
-        self._scheduled = 0
         self._copied = 0
         self._dropped = 0
         self._failed = 0
@@ -114,44 +74,67 @@ class Shadow:
         if self._owed < 1 - 1e-9:
             return
         self._owed -= 1
-        if self._scheduled + len(self._under_way) >= _MAX_UNDER_WAY or not self._is_idle():
+        if not self._has_room(call) or not self._is_idle():
             self._dropped += 1
             return
-        self._scheduled += 1
-        # Not now: the caller's answer goes out first.
-        asyncio.get_running_loop().call_soon(self._copy, call, call.future.result())
+        self._waiting.append(call)
+        self._waiting_bytes += call.bytes
+        if self._task is None:  # a task, because the caller's answer goes out first
+            self._task = asyncio.get_running_loop().create_task(self._copy_waiting())
+            self._task.add_done_callback(self._on_done)
 
     def on_batch(self, batch: Batch, output: BatchOutput) -> None:
         """Takes no notice of batches."""
 
-    def _copy(self, call: Call, answer: Answer) -> None:
-        self._scheduled -= 1
+    def stop(self) -> None:
+        """Copies nothing more of what waits; what the candidate is at comes to its end."""
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _has_room(self, call: Call) -> bool:
+        if not self._waiting:
+            return True
+        return len(self._waiting) < _MAX_WAITING and self._waiting_bytes + call.bytes <= _MAX_WAITING_BYTES
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.stop()
+            _log.error("a call could not be copied", exc_info=error)
+
+    async def _copy_waiting(self) -> None:
+        while self._waiting:
+            call = self._waiting.popleft()
+            self._waiting_bytes -= call.bytes
+            if self.candidate.takes_copies:
+                await self._copy(call)
+            else:
+                self._dropped += 1
+
+    async def _copy(self, call: Call) -> None:
+        began_s = monotonic()
         try:
-            copy = self.candidate.prepare(call.signature, call.inputs, (), monotonic() + _PATIENCE_S)
-            self.candidate.submit(copy)
+            found = await self.candidate.compare(call, look=self._evidence.looks())
         except InvalidCallError:  # what callers send is not for it
             self._failed += 1
-            self._compare(call.signature, answer, {})
+            self._add(call.signature, {t.name: agreeing_rows(t, None) for t in call.future.result().outputs})
             return
-        except ModelportError:
+        except ServeError as error:
+            self._copied += 1
             self._failed += 1
+            if (outcome := outcome_of(error)) is not None:
+                self._evidence.on_call(outcome, monotonic() - began_s)
             return
         self._copied += 1
-        self._under_way.add(copy.future)
-        copy.future.add_done_callback(lambda future: self._on_answer(call.signature, answer, future))
+        self._evidence.on_call(Outcome.ANSWERED, monotonic() - began_s)
+        self._evidence.on_time(call.signature, call.rows, found.engine_time_us)
+        self._evidence.on_categories(call.signature, found.categories)
+        self._add(call.signature, found.agreeing)
 
-    def _on_answer(self, signature: str, answer: Answer, future: asyncio.Future[Answer]) -> None:
-        self._under_way.discard(future)
-        if future.cancelled() or future.exception() is not None:
-            self._failed += 1
-            return
-        self._compare(signature, answer, {tensor.name: tensor for tensor in future.result().outputs})
-
-    def _compare(self, signature: str, answer: Answer, given: Mapping[str, RawTensor]) -> None:
-        for tensor in answer.outputs:
-            name = tensor.name if signature == DEFAULT_SIGNATURE else f"{signature}/{tensor.name}"
-            found = self._agreement.setdefault(name, Agreement())
-            found.add(*agreeing_rows(tensor, given.get(tensor.name)), self._policy.min_agreement)
+    def _add(self, signature: str, agreeing: Mapping[str, tuple[int, int]]) -> None:
+        for output, (rows, agreed) in agreeing.items():
+            name = output if signature == DEFAULT_SIGNATURE else f"{signature}/{output}"
+            self._agreement.setdefault(name, Agreement()).add(rows, agreed, self._policy.min_agreement)
 
     def judge(self, found: Verdict) -> Verdict:
         """Returns what is to be made of the candidate, given what the comparison without the answers found."""
@@ -182,27 +165,3 @@ class Shadow:
         if any(one.share < least for one in doubtful):
             return VerdictKind.DOUBTFUL, "too few rows to tell whether the outputs agree"
         return kind, reason
-
-
-def agreeing_rows(left: RawTensor, right: RawTensor | None) -> tuple[int, int]:
-    """Returns how many rows there are and how many are alike.
-
-    Rows of scores (floats in two dimensions) are alike if the same column is the highest; other floats
-    if every element is within 1% or 0.001; anything else if it is equal.
-    """
-    if right is None or left.shape != right.shape or left.dtype != right.dtype:
-        return (left.shape[0] if left.shape else 1), 0
-    first, second = (array_from_bytes(t.dtype, t.shape, t.data) for t in (left, right))
-    if not first.shape:
-        first, second = first[np.newaxis], second[np.newaxis]
-    first, second = first[:_MAX_ROWS], second[:_MAX_ROWS]
-    floats = np.issubdtype(first.dtype, np.floating) or left.dtype.name == "bfloat16"
-    if floats and first.ndim == 2 and first.shape[1] > 1:
-        same = first.argmax(axis=1) == second.argmax(axis=1)
-        same &= np.isfinite(first).all(axis=1) == np.isfinite(second).all(axis=1)
-        return len(first), int(same.sum())
-    if not first.size:
-        return len(first), len(first)
-    flat = (first.reshape(len(first), -1), second.reshape(len(second), -1))
-    same = np.isclose(*flat, rtol=0.01, atol=0.001, equal_nan=True) if floats else flat[0] == flat[1]
-    return len(first), int(np.asarray(same).all(axis=1).sum())
