@@ -76,7 +76,7 @@ later = threading.Thread(target=done.wait)
 priority.run(lambda: made.append(me()))
 lowered = [me(), os.getpriority(os.PRIO_PROCESS, waiting.native_id)]
 later.start()
-with priority.raised_after(0.01):
+with priority.raised_if_starved(0.01):
     while priority.can_return and me() == 19:
         done.wait(0.01)
     raised = me()
@@ -88,6 +88,27 @@ done.set()
 print(json.dumps([priority.can_return, made[0], lowered, raised, again, restored]))
 """
 
+_FED = """
+import json, os, threading, time
+from modelport_server.engines._system import Priority
+
+me = lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+asked = []
+
+def cpu_clock():
+    asked.append(me())
+    return time.monotonic()  # as if it had a core all the time
+
+priority = Priority(cpu_clock)
+priority.lower()
+with priority.raised_if_starved(0.1):
+    while len(asked) < 2:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    busy = me()
+priority.restore()
+print(json.dumps([priority.can_return, busy]))
+"""
 
 _CORES = """
 import json, os, sys, threading
@@ -112,7 +133,7 @@ lowered = cores(main, waiting, start())
 with priority.on_all_cores():
     within = cores(main, start())
 after = cores(*threading.enumerate())
-with priority.raised_after(0.01):
+with priority.raised_if_starved(0.01):
     while min(cores(*threading.enumerate())) < int(sys.argv[2]):
         done.wait(0.01)
 again = cores(*threading.enumerate())
@@ -140,6 +161,11 @@ def test_no_socket_leaves_the_machine_and_all_else_works() -> None:
     assert allowed == {"AF_UNIX", "pair", "file", "thread", "memory"}
     assert outcomes.pop("io_uring") == "Function not implemented"
     assert {outcomes[name] for name in outcomes.keys() - allowed} == {"Permission denied"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")
+def test_a_process_that_has_a_core_all_the_time_stays_lowered() -> None:
+    assert _run(_FED) == [True, 19]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")

@@ -94,7 +94,7 @@ async def test_who_gets_copies_keeps_off_the_cores_of_who_answers() -> None:
     with _process(SLEEP) as serving, _process(SLEEP) as candidate:
         cores.serve(serving, BatchTimes())
         times = BatchTimes()
-        times.add(0.1)
+        times.add(0.1, 0.2)
         cores.serve(candidate, times)
         cores.copy_to({candidate})
         taken = fewer_cores(ALL)
@@ -105,10 +105,40 @@ async def test_who_gets_copies_keeps_off_the_cores_of_who_answers() -> None:
 
 async def test_long_batches_have_all_cores() -> None:
     times = BatchTimes()
-    times.add(0.1)
+    times.add(0.1, 0.2)
     async with _shared(times) as (_, serving, _):
         await asyncio.sleep(SOON_S)
         assert _where() == _where(serving) == ALL
+
+
+async def test_long_batches_that_use_one_core_are_left_with_it() -> None:
+    times = BatchTimes()
+    times.add(0.1, 0.1)
+    async with _shared(times) as (_, serving, _):
+        await _become(lambda: _where() == _where(serving) == FREE)
+        assert times.confined
+        times.add(0.1, 0.9)  # nothing shows how many it would use: this says nothing
+        await asyncio.sleep(SOON_S)
+        assert _where(serving) == FREE
+    assert not times.confined
+
+
+def test_batches_gain_from_cores_that_they_keep_busy() -> None:
+    times = BatchTimes()
+    assert not times.gain(1)
+    times.add(0.02, 0.02)
+    assert times.gain(1), "too little was seen to know"
+    for _ in range(5):
+        times.add(0.02, 0.02)
+    assert not times.gain(1)
+    for _ in range(200):
+        times.add(0.02, 0.06)
+    assert times.gain(1)
+    assert times.gain(2)
+    assert not times.gain(3)
+    for _ in range(50_000):
+        times.add(0.001, 0.004)
+    assert not times.gain(1), "short ones lose more by a tick"
 
 
 async def test_one_that_ended_meanwhile_is_no_trouble() -> None:
@@ -125,13 +155,13 @@ def test_batches_are_weighted_by_what_they_took_and_forgotten_after_a_while() ->
     times = BatchTimes(lambda: now[0])
     assert times.typical() == 0.0
     for _ in range(99):
-        times.add(0.001)
+        times.add(0.001, 0.001)
     assert times.typical() == pytest.approx(0.001)
-    times.add(0.1)
+    times.add(0.1, 0.2)
     assert 0.04 < times.typical() < 0.06
     now[0] += 5.5
     for _ in range(5000):
-        times.add(0.001)
+        times.add(0.001, 0.001)
     assert 0.002 < times.typical() < 0.004
     now[0] += 5.5
     assert times.typical() == pytest.approx(0.001)

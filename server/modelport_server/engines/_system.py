@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Generator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _OOM_SCORE = 500
 _LOWEST = 19
+_FED = 0.7
+"""What has had a core for this share of the time is not starved."""
 
 
 def live_under(parent: int) -> bool:
@@ -54,9 +57,13 @@ class Priority:
     Where the process may not raise it, only the work that it is given runs at the lowest priority, on
     threads that end with it; threads that the work makes keep the ordinary one. It may always go back to
     all cores.
+
+    Args:
+        cpu_clock: returns the processor time of all threads, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_clock: Callable[[], float] = time.process_time) -> None:
+        self._cpu_clock = cpu_clock
         self._ordinary = os.getpriority(os.PRIO_PROCESS, 0)
         self._cores = os.sched_getaffinity(0)
         self._can_return = self._try_on_a_thread()
@@ -98,9 +105,21 @@ class Priority:
             self.lower()
 
     @contextmanager
-    def raised_after(self, seconds: float) -> Generator[None]:
-        """Restores the priority if what is done within takes longer, and lowers it again at the end."""
-        timer = threading.Timer(seconds, self.restore)
+    def raised_if_starved(self, after_s: float) -> Generator[None]:
+        """Restores the priority if what is done within takes longer, and lowers it again at the end.
+
+        Unless it has had a core for most of the time: then nobody more important keeps it from its end.
+
+        Args:
+            after_s: how long it may take, in seconds.
+        """
+        began_cpu_s = self._cpu_clock()
+
+        def raise_if_starved() -> None:
+            if self._cpu_clock() - began_cpu_s < _FED * after_s:
+                self.restore()
+
+        timer = threading.Timer(after_s, raise_if_starved)
         timer.daemon = True
         timer.start()
         try:

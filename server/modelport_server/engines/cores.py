@@ -23,12 +23,18 @@ _CALM_FOR_S = 1.0
 _MEMORY = 0.8
 """The part of the average number of calls that is kept from one look to the next."""
 _LONG_S = 0.005
-"""Batches that take longer gain more from several cores than they lose by waiting for a tick of the kernel's clock."""
+"""Longer batches may gain more from several cores than they lose by waiting for a tick of the kernel's clock."""
+_WIDE = 1.25
+"""They do if they keep more cores busy than this, for each core that they would be left with."""
+_WIDTH_S = 0.1
+"""How long batches have to have run in all until it is known how many cores they keep busy."""
+_FADING = 0.98
+"""The part of what was seen of earlier batches that is kept from one to the next."""
 _WINDOW_S = 5.0
 
 
 class BatchTimes:
-    """How long the batches of the last seconds took.
+    """How long an engine's batches take, and how many cores they keep busy.
 
     Args:
         clock: returns seconds.
@@ -38,12 +44,27 @@ class BatchTimes:
         self._clock = clock
         self._began_s = clock()
         self._now = self._before = (0.0, 0.0)
+        self._long_s = self._long_cpu_s = 0.0
+        self.confined = False
+        """Whether the engine has fewer cores than there are: then nothing shows how many it would use."""
 
-    def add(self, seconds: float) -> None:
-        """Counts a batch."""
+    def add(self, seconds: float, cpu_s: float) -> None:
+        """Counts a batch: how long it took, and the processor time of all threads."""
         self._turn()
         total, squares = self._now
         self._now = (total + seconds, squares + seconds * seconds)
+        if seconds > _LONG_S and not self.confined:
+            self._long_s = _FADING * self._long_s + seconds
+            self._long_cpu_s = _FADING * self._long_cpu_s + cpu_s
+
+    def gain(self, cores: int) -> bool:
+        """Returns whether batches gain more from all cores than they lose by a tick, which ``cores`` would spare them.
+
+        Long ones do, unless they are known to keep no more cores busy than that.
+        """
+        if self.typical() <= _LONG_S:
+            return False
+        return self._long_s < _WIDTH_S or self._long_cpu_s > _WIDE * cores * self._long_s
 
     def typical(self) -> float:
         """Returns the mean, in seconds, each batch weighted by what it took; 0 for none.
@@ -69,9 +90,9 @@ class CoreSharing:
 
     A kernel that preempts lazily may wake up a thread on a core where something unimportant computes, and let
     it wait there for the next tick. So who answers calls is moved to the other cores: as long as the others keep
-    off some, these are enough, and their batches so short that a tick matters. Versions that are being made ready
-    keep off some by themselves; those that get copies are moved. Needs no rights beyond those over its own
-    processes; where it may not move them, all stay where they are.
+    off some, these are enough, and their batches so short that a tick matters, or without use for more cores.
+    Versions that are being made ready keep off some by themselves; those that get copies are moved. Needs no
+    rights beyond those over its own processes; where it may not move them, all stay where they are.
 
     Args:
         calls: returns how many calls are under way.
@@ -129,7 +150,10 @@ class CoreSharing:
 
     async def _share(self) -> None:
         placed: dict[int, Set[int]] = {}
-        average, calm_since_s = float(self._calls()), 0.0
+        average, calm_since_s = (
+            float(self._calls()),
+            monotonic() - _CALM_FOR_S,
+        )  # calm, as long as nothing says otherwise
         try:
             while self._behind:
                 await asyncio.sleep(_LOOK_S)
@@ -139,8 +163,7 @@ class CoreSharing:
                 free = self._all - taken - frozenset().union(*map(_cores_of, self._loading))
                 many = average > _BUSY * len(free) or calls > _BURST * len(free)
                 answering = [times for pid, times in self._serving.items() if pid not in self._copied_to]
-                long = max(times.typical() for times in answering) > _LONG_S
-                if not free or long or many:
+                if not free or many or any(times.gain(len(free)) for times in answering):
                     calm_since_s = 0.0
                 elif not calm_since_s and average < _CALM * len(free):
                     calm_since_s = monotonic()
@@ -162,6 +185,7 @@ class CoreSharing:
             if placed.get(pid, self._all) != cores and not self._refused:
                 self._move(pid, cores)
                 placed[pid] = cores
+                self._serving[pid].confined = cores != self._all and not self._refused
 
     def _move(self, pid: int, cores: Set[int]) -> None:
         try:

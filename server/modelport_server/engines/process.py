@@ -282,7 +282,7 @@ class EngineProcess:
         if reply["op"] == "failed":
             self._free.append(slot)
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
-        self._times.add(reply["us"] / 1e6)
+        self._times.add(reply["us"] / 1e6, reply["cpu_us"] / 1e6)
         outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
         return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
 

@@ -36,7 +36,7 @@ from modelport_server.tensors import RawTensor
 
 _MIB = 1 << 20
 _PATIENCE = 0.5
-"""The share of a gate's time after which it is no longer put off for those who serve, so that it comes to its end."""
+"""The share of a gate's time after which those who serve no longer keep it from its end."""
 
 Figures = dict[str, JSON]
 
@@ -182,7 +182,7 @@ class _Loading:
             self._send({"op": "end"} | result.to_json())
 
         try:
-            with self._priority.raised_after(self._limits_s[gate] * _PATIENCE):
+            with self._priority.raised_if_starved(self._limits_s[gate] * _PATIENCE):
                 yield figures
         except _SkippedError as skipped:
             end(Outcome.SKIPPED, str(skipped))
