@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 _CRASHES_TO_REJECT = 3
 _CRASH_WINDOW_S = 60.0
 _UNREADABLE_S = 1.0
+_LATELY_S = 1.0
 _PROBE = "probe"
 
 
@@ -100,6 +101,7 @@ class Servable:
         self._engine: EngineProcess | None = None
         self._batcher = Batcher(self, limits, order.version)
         self._leases = 0
+        self._released_at_s = -math.inf
         self._streams = 0
         self._crashes: deque[float] = deque(maxlen=_CRASHES_TO_REJECT)
         self._supervisor: asyncio.Task[None] | None = None
@@ -213,6 +215,11 @@ class Servable:
         """Counts the end of a stream that was pinned to it."""
         self._streams -= 1
 
+    @property
+    def has_callers(self) -> bool:
+        """Whether it has calls under way, or had some a moment ago."""
+        return self._leases > 0 or monotonic() - self._released_at_s < _LATELY_S
+
     def acquire(self) -> None:
         """Takes a call's lease: the servable is not retired while it is held."""
         self._leases += 1
@@ -220,6 +227,7 @@ class Servable:
     def release(self) -> None:
         """Gives a lease back."""
         self._leases -= 1
+        self._released_at_s = monotonic()
 
     @property
     def oldest_wait_s(self) -> float:

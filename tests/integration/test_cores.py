@@ -103,6 +103,19 @@ async def test_who_gets_copies_keeps_off_the_cores_of_who_answers() -> None:
         await _become(lambda: _where() == _where(serving) == _where(candidate) == ALL)
 
 
+async def test_who_is_measured_has_as_many_cores_as_who_answers() -> None:
+    cores = CoreSharing(lambda: 1)
+    with _process(SLEEP) as serving, _process(SLEEP) as candidate:
+        cores.serve(serving, BatchTimes())
+        cores.serve(candidate, BatchTimes())
+        free = ALL - fewer_cores(ALL)
+        with cores.measuring(candidate):
+            await _become(lambda: _where() == _where(serving) == free != _where(candidate))
+            assert len(_where(candidate)) == len(free)
+            assert not _where(candidate) & free
+        await _become(lambda: _where() == _where(serving) == _where(candidate) == ALL)
+
+
 async def test_long_batches_have_all_cores() -> None:
     times = BatchTimes()
     times.add(0.1, 0.2)

@@ -158,26 +158,67 @@ def _busy(source: random.Random) -> tuple[float, float]:
     return wall, source.lognormvariate(0.0, 0.3) * (source.uniform(1.0, 4.0) if source.random() < 0.25 else 1.0)
 
 
+@pytest.mark.parametrize("callers", [False, True])
 @pytest.mark.parametrize("us_per_call", [200.0, 200_000.0])
-async def test_equal_versions_are_never_rejected_on_a_busy_machine(us_per_call: float) -> None:
-    """The slow model is measured nine times only."""
+async def test_equal_versions_are_never_rejected_on_a_busy_machine(us_per_call: float, callers: bool) -> None:
+    """The slow model is measured nine times only, as is any model where there are callers."""
     for seed in range(300):
         clock = Clock()
         stable = FakeProber(clock, us_per_call, noise=_busy, seed=seed)
         candidate = FakeProber(clock, us_per_call, noise=_busy, seed=seed + 10_000)
-        result = await _compare(stable, candidate)
+        result = await _compare(stable, candidate, has_callers=lambda: callers)
         assert result.outcome is Outcome.PASSED, (seed, result.to_json())
 
 
+@pytest.mark.parametrize("callers", [False, True])
 @pytest.mark.parametrize("us_per_call", [200.0, 200_000.0])
-async def test_four_times_slower_is_nearly_always_found_on_a_busy_machine(us_per_call: float) -> None:
+async def test_four_times_slower_is_nearly_always_found_on_a_busy_machine(us_per_call: float, callers: bool) -> None:
     found = 0
     for seed in range(100):
         clock = Clock()
         stable = FakeProber(clock, us_per_call, noise=_busy, seed=seed)
         candidate = FakeProber(clock, 4 * us_per_call, us_per_row=80.0, noise=_busy, seed=seed + 10_000)
-        found += (await _compare(stable, candidate)).outcome is Outcome.FAILED
+        found += (await _compare(stable, candidate, has_callers=lambda: callers)).outcome is Outcome.FAILED
     assert found >= 95
+
+
+@dataclass
+class Charged(FakeProber):
+    """One that counts how long its callers could not be answered."""
+
+    held_up_s: float = 0.0
+
+    async def probe(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Probe:
+        began_s = self.clock()
+        found = await super().probe(signature, inputs)
+        self.held_up_s += self.clock() - began_s
+        return found
+
+
+async def test_callers_are_hardly_held_up() -> None:
+    clock = Clock()
+    stable = Charged(clock)
+    result = await _compare(stable, FakeProber(clock), has_callers=lambda: True, limit_s=60.0)
+    assert result.outcome is Outcome.PASSED
+    assert [case["pairs"] for case in _measured(result)] == [9, 9]
+    assert stable.held_up_s < 0.007 * clock.now
+
+
+@pytest.mark.parametrize(("ratio", "outcome"), [(1.0, Outcome.PASSED), (4.0, Outcome.FAILED)])
+async def test_pauses_for_callers_leave_time_enough(ratio: float, outcome: Outcome) -> None:
+    clock = Clock()
+    stable, candidate = FakeProber(clock, 15_000.0, 0.0), FakeProber(clock, ratio * 15_000.0, 0.0)
+    result = await _compare(stable, candidate, has_callers=lambda: True, limit_s=60.0)
+    assert result.outcome is outcome
+    assert clock.now < 40.0
+
+
+async def test_one_slow_size_is_enough() -> None:
+    clock = Clock()
+    candidate = FakeProber(clock, us_per_call=900.0)
+    result = await _compare(FakeProber(clock), candidate)
+    assert result.outcome is Outcome.FAILED
+    assert {rows for _, rows in candidate.calls} == {1}
 
 
 async def test_a_slow_model_is_measured_nine_times_whatever_the_budget() -> None:

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Generator, Set
+from contextlib import contextmanager
 from time import monotonic
 
 from modelport_server.engines._system import fewer_cores, threads
@@ -91,8 +92,9 @@ class CoreSharing:
     A kernel that preempts lazily may wake up a thread on a core where something unimportant computes, and let
     it wait there for the next tick. So who answers calls is moved to the other cores: as long as the others keep
     off some, these are enough, and their batches so short that a tick matters, or without use for more cores.
-    Versions that are being made ready keep off some by themselves; those that get copies are moved. Needs no
-    rights beyond those over its own processes; where it may not move them, all stay where they are.
+    Versions that are being made ready keep off some by themselves; those that get copies, or are measured
+    beside those who answer, are moved. Needs no rights beyond those over its own processes; where it may not
+    move them, all stay where they are.
 
     Args:
         calls: returns how many calls are under way.
@@ -103,6 +105,7 @@ class CoreSharing:
         self._all: Set[int] = os.sched_getaffinity(0)
         self._loading: set[int] = set()
         self._copied_to: Set[int] = frozenset()
+        self._measured: set[int] = set()
         self._serving: dict[int, BatchTimes] = {os.getpid(): BatchTimes()}
         self._task: asyncio.Task[None] | None = None
         self._refused = False
@@ -117,6 +120,16 @@ class CoreSharing:
         self._copied_to = pids
         self._begin()
 
+    @contextmanager
+    def measuring(self, pid: int) -> Generator[None]:
+        """Counts an engine process within as one that nobody calls, and that is compared with those who answer."""
+        self._measured.add(pid)
+        self._begin()
+        try:
+            yield
+        finally:
+            self._measured.discard(pid)
+
     def _begin(self) -> None:
         if self._behind and self._task is None and len(self._all) > 1:
             self._task = asyncio.get_running_loop().create_task(self._share())
@@ -124,7 +137,7 @@ class CoreSharing:
 
     @property
     def _behind(self) -> bool:
-        return bool(self._loading or self._copied_to)
+        return bool(self._loading or self._copied_to or self._measured)
 
     def serve(self, pid: int, times: BatchTimes) -> None:
         """Counts an engine process as one that answers calls.
@@ -159,16 +172,17 @@ class CoreSharing:
                 await asyncio.sleep(_LOOK_S)
                 calls = self._calls()
                 average = _MEMORY * average + (1 - _MEMORY) * calls
-                taken: Set[int] = fewer_cores(self._all) if self._copied_to else frozenset()
+                aside = self._copied_to | self._measured
+                taken: Set[int] = fewer_cores(self._all) if aside else frozenset()
                 free = self._all - taken - frozenset().union(*map(_cores_of, self._loading))
                 many = average > _BUSY * len(free) or calls > _BURST * len(free)
-                answering = [times for pid, times in self._serving.items() if pid not in self._copied_to]
+                answering = [times for pid, times in self._serving.items() if pid not in aside]
                 if not free or many or any(times.gain(len(free)) for times in answering):
                     calm_since_s = 0.0
                 elif not calm_since_s and average < _CALM * len(free):
                     calm_since_s = monotonic()
                 calm = calm_since_s and monotonic() - calm_since_s >= _CALM_FOR_S
-                self._place(free if calm else self._all, taken if calm else self._all, placed)
+                self._place(*((free, taken) if calm else (self._all, self._all)), placed)
         finally:
             self._place(self._all, self._all, placed)
 
@@ -177,11 +191,12 @@ class CoreSharing:
 
         Args:
             free: the cores of those who answer calls.
-            taken: the cores of those who get copies.
+            taken: the cores of those who get copies. Those who are measured get no more of them than ``free`` are.
             placed: where each process is; on all cores if it is not in there.
         """
+        as_many = frozenset(sorted(taken)[-len(free) :])
         for pid in self._serving:
-            cores = taken if pid in self._copied_to else free
+            cores = taken if pid in self._copied_to else as_many if pid in self._measured else free
             if placed.get(pid, self._all) != cores and not self._refused:
                 self._move(pid, cores)
                 placed[pid] = cores

@@ -25,6 +25,10 @@ MIDDLE_ROWS = 32
 """The larger of the two batches that are measured, if versions take that many rows."""
 
 _FEWEST_PAIRS = 9
+_SHARE_BESIDE_CALLERS = 0.005
+"""The share of the stable version's time that measuring may take while there are callers, if the time suffices."""
+_PAUSES_SHARE = 0.5
+"""The share of the gate's time in which the pauses for that must fit, however often is measured."""
 _MOST_SIGNATURES = 3
 _MOST_LOOKS = 4
 """What seems too slow is measured anew, up to so many times in all."""
@@ -93,9 +97,13 @@ async def compare_speed(
     limit_s: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    has_callers: Callable[[], bool] = lambda: False,
     model: str = "MODEL",
 ) -> GateResult:
     """Runs equal batches on both versions in turns and compares what a row takes.
+
+    A call of the stable version waits behind what is measured on it. So while there are calls, few batches are
+    measured, with pauses between, so that hardly a call in a hundred is held up.
 
     Others use the machine too: their calls make wall time longer, and an engine that waits busily makes
     processor time longer. A version is slower if both medians are, at one size of batch. What seems so is measured
@@ -108,11 +116,13 @@ async def compare_speed(
         batched: the signatures whose rows may run together in both versions.
         sizes: the rows per batch to measure at.
         max_ratio: how many times longer a row of the candidate may take.
-        budget_s: how long to measure, in seconds; each size is measured nine times in any case.
+        budget_s: how long to measure, in seconds; each size is measured nine times in any case, and no more often
+            than that where there are callers.
         limit_s: how long it may take, in seconds. A candidate that takes too long for it fails; where both do,
             what was measured by then counts.
         clock: returns seconds.
         pause: returns after so many seconds.
+        has_callers: returns whether the stable version has calls to answer.
         model: the model's name, for the text that says how to allow more.
 
     Returns:
@@ -131,7 +141,8 @@ async def compare_speed(
     cases = list(_cases(examples, batched, sizes))
     if not cases:
         return result(Outcome.SKIPPED, "there are no golden inputs that the stable version takes too")
-    race = _Race(stable, candidate, clock)
+    most_pairs = len(cases) * _MOST_LOOKS * _FEWEST_PAIRS
+    race = _Race(stable, candidate, clock, pause, has_callers, limit_s * _PAUSES_SHARE / most_pairs)
     too_long = f"took more than {limit_s:g} s"
     try:
         async with asyncio.timeout(limit_s if math.isfinite(limit_s) else None):
@@ -142,6 +153,8 @@ async def compare_speed(
                 while case.doubtful(max_ratio) and len(case.looks) < _MOST_LOOKS:  # it may be somebody else's doing
                     await pause(_PAUSE_S)
                     await race.run(case, budget_s / len(cases))
+                if case.slower(max_ratio):
+                    break  # that is enough to reject it
     except TimeoutError:
         if race.candidate_s > max_ratio * race.stable_s:
             return result(Outcome.FAILED, too_long)
@@ -284,6 +297,9 @@ class _Race:
     stable: Prober
     candidate: Prober
     clock: Callable[[], float]
+    pause: Callable[[float], Awaitable[None]]
+    has_callers: Callable[[], bool]
+    longest_pause_s: float
     stable_s: float = 0.0
     """How long the stable version was waited for."""
     candidate_s: float = 0.0
@@ -303,9 +319,10 @@ class _Race:
     async def run(self, case: _Case, budget_s: float) -> None:
         await self._run_stable(case)  # not measured: the first run of a shape may be longer
         await self._run_candidate(case)
-        look, end = _Look(), self.clock() + budget_s
-        while len(look.candidate) < _FEWEST_PAIRS or self.clock() < end:
-            first, second = self._run_stable, self._run_candidate
+        look, end, before_s = _Look(), self.clock() + budget_s, 0.0
+        while self._goes_on(len(look.candidate), end):
+            await self._leave_to_callers(self.stable_s - before_s)
+            first, second, before_s = self._run_stable, self._run_candidate, self.stable_s
             if len(look.candidate) % 2:  # so that neither is always the one after a pause
                 first, second = second, first
             probes = {one: await self._warm(one, case) for one in (first, second)}
@@ -314,9 +331,18 @@ class _Race:
             if len(look.candidate) == 1:
                 case.looks.append(look)
 
+    def _goes_on(self, pairs: int, end_s: float) -> bool:
+        return pairs < _FEWEST_PAIRS or (self.clock() < end_s and not self.has_callers())
+
+    async def _leave_to_callers(self, held_up_s: float) -> None:
+        """Pauses for long enough that what was measured was a small share of the stable version's time."""
+        if self.has_callers():
+            await self.pause(min(held_up_s / _SHARE_BESIDE_CALLERS, self.longest_pause_s))
+
     async def _warm(self, run: Callable[[_Case], Awaitable[Probe]], case: _Case) -> Probe:
         probe = await run(case)
-        return await run(case) if probe.engine_time_us < _SHORT_BATCH_US else probe
+        kept_warm = run == self._run_stable and self.has_callers()
+        return await run(case) if probe.engine_time_us < _SHORT_BATCH_US and not kept_warm else probe
 
     async def _run_stable(self, case: _Case) -> Probe:
         began_s = self.clock()

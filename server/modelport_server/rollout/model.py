@@ -388,16 +388,19 @@ class ModelRollout:
         stable = self._stable_beside(tracked.version)
         beside = stable.servable if stable is not None else None
         golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
-        result = await compare_speed(
-            beside,
-            servable,
-            shared_examples(golden, beside.manifest.signatures, servable.manifest.signatures) if beside else {},
-            batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
-            sizes=probe_sizes(self._options.batch.max_batch_size),
-            max_ratio=self.desired.policy.max_speed_ratio,
-            limit_s=self._options.engine.speed_timeout_s,
-            model=self._name,
-        )
+        aside = self._cores.measuring(servable.pid) if self._cores is not None else contextlib.nullcontext()
+        with aside:
+            result = await compare_speed(
+                beside,
+                servable,
+                shared_examples(golden, beside.manifest.signatures, servable.manifest.signatures) if beside else {},
+                batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
+                sizes=probe_sizes(self._options.batch.max_batch_size),
+                max_ratio=self.desired.policy.max_speed_ratio,
+                limit_s=self._options.engine.speed_timeout_s,
+                has_callers=lambda: beside is not None and beside.has_callers,
+                model=self._name,
+            )
         tracked.gates = (*(gate for gate in tracked.gates if gate.gate != SPEED), result)
         if result.outcome is Outcome.FAILED:
             raise RejectedError(SPEED, result.reason, tracked.gates)
