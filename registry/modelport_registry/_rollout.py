@@ -42,7 +42,7 @@ class Rollout:
     """Who started it."""
     reason: str = ""
     baseline: Mapping[str, int] = field(default_factory=dict[str, int])
-    """How many calls the version before had while the last step lasted, and how many failed; empty if not known."""
+    """How many calls the version before had in what is over of the rollout, and how many failed; empty for none."""
 
     @property
     def current(self) -> Step | None:

@@ -6,6 +6,7 @@ given where there is nothing to change. ``Registry.change`` carries them out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -90,15 +91,17 @@ def advance(state: State, baseline: Mapping[str, int] | None = None) -> State:
 
     Args:
         state: the state as it is.
-        baseline: what the version before did until now; kept with a candidate that is promoted.
+        baseline: what the version before did in the phase or step that ends, as counts; added up over the rollout, so
+            that a promoted candidate can be compared with it.
     """
     rollout = _under_way(state)
     if rollout.phase is Phase.WATCH:
         raise RegistryError(f"version {rollout.version} is in charge already")
     step = rollout.step + 1 if rollout.phase is Phase.STEP else 0
+    rollout = replace(rollout, baseline=dict(Counter(rollout.baseline) + Counter(baseline or {})))
     if step < len(rollout.steps):
         return replace(state, rollout=replace(rollout, phase=Phase.STEP, step=step))
-    return _promoted(state, replace(rollout, baseline=dict(baseline or {})))
+    return _promoted(state, rollout)
 
 
 def _promoted(state: State, rollout: Rollout) -> State:

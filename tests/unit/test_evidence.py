@@ -75,6 +75,18 @@ def test_batches_of_one_size_differ_by_less_than_a_half() -> None:
     assert all(max(rows) < 1.5 * min(rows) for rows in sizes.values())
 
 
+def test_the_last_step_does_not_hide_what_came_before(evidence: Evidence) -> None:
+    for _ in range(100):
+        evidence.on_call(Outcome.ANSWERED, 0.010)
+    seen = evidence.snapshot()
+    more = seen.with_totals({"calls": 5000, "failed": 20})
+    assert (more.ended, more.totals()) == (5000, {"calls": 5000, "failed": 20, "caller_faults": 0})
+    assert more.times.tolist() == seen.times.tolist()
+    assert seen.with_totals({"calls": 50, "failed": 20}) is seen
+    assert seen.with_totals({}) is seen
+    assert seen.ended == 100
+
+
 def test_every_outcome_is_counted_as_what_it_is(evidence: Evidence, clock: Clock) -> None:
     for outcome, count in zip(Outcome, (50, 4, 3, 2), strict=True):
         for _ in range(count):

@@ -165,6 +165,14 @@ class TestAdvance:
         state = complete(state)
         assert (state.rollout, state.last) == (None, Ended(2, 1, "promoted", "", NOW))
 
+    def test_what_the_version_before_did_is_added_up(self) -> None:
+        state = _candidate(2, 1)
+        for calls in (100, 900, 9_000, 50):
+            state = t.advance(state, {"calls": calls, "failed": calls // 50, "caller_faults": 0})
+        assert state.rollout is not None
+        assert state.rollout.phase is Phase.WATCH
+        assert state.rollout.baseline == {"calls": 10_050, "failed": 201}
+
     def test_without_steps_the_gates_are_enough(self) -> None:
         state = t.advance(start(_stable(1), 2))
         assert state.aliases == {"stable": 2}

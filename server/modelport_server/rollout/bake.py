@@ -94,7 +94,8 @@ class Bake:
     def _turn(self, key: _Key | None, rollout: Rollout | None) -> None:
         """Begins the next phase; a promoted version is compared with what its predecessor did until then."""
         predecessor = self._witnesses.get(rollout.previous) if rollout is not None and rollout.previous else None
-        self._baseline = predecessor.snapshot() if predecessor is not None else _kept(rollout)
+        kept = rollout.baseline if rollout is not None else {}
+        self._baseline = predecessor.snapshot().with_totals(kept) if predecessor is not None else _of_kept(kept)
         self._key, self._since_s, self._paused_at_s = key, self._clock(), None
         self._judge_at_s, self._verdict = float("-inf"), None
         for witness in self._witnesses.values():
@@ -179,9 +180,9 @@ def _key(rollout: Rollout | None) -> _Key | None:
     return (rollout.id, rollout.phase, rollout.step, rollout.previous) if rollout is not None else None
 
 
-def _kept(rollout: Rollout | None) -> EvidenceSnapshot | None:
+def _of_kept(kept: Mapping[str, int]) -> EvidenceSnapshot | None:
     """Returns what the rollout itself says of the version before, for a server that has not seen it."""
-    return EvidenceSnapshot.of_totals(rollout.baseline) if rollout is not None and rollout.baseline else None
+    return EvidenceSnapshot.of_totals(kept) if kept else None
 
 
 def _compared(rollout: Rollout, desired: Desired) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from time import monotonic
 
@@ -28,6 +28,8 @@ BUCKETS = 26 * BUCKETS_PER_OCTAVE
 """From a microsecond to a minute."""
 CALLS, FAILED, CALLER_FAULTS, CANCELLED, TIMES = range(5)
 """The columns of the calls; the buckets of their times begin at the last."""
+_KEPT = {"calls": CALLS, "failed": FAILED, "caller_faults": CALLER_FAULTS}
+"""What is kept of a version's calls with a rollout, and their columns."""
 BATCHES, ROWS, BROKEN, OTHER, LABELS = range(5)
 """The columns of an output; those of its categories begin at the last."""
 _MAX_LABELS = 64
@@ -113,14 +115,22 @@ class EvidenceSnapshot:
     def of_totals(cls, totals: Mapping[str, int]) -> EvidenceSnapshot:
         """Returns what is left of a snapshot that was kept as ``totals``: how many calls failed of how many."""
         counts = np.zeros(TIMES + BUCKETS, np.int64)
-        counts[CALLS], counts[FAILED] = totals.get("calls", 0), totals.get("failed", 0)
-        counts[CALLER_FAULTS] = totals.get("caller_faults", 0)
+        for name, column in _KEPT.items():
+            counts[column] = totals.get(name, 0)
         return cls(Counts(0, np.zeros(0, np.int64), np.zeros((0, len(counts)), np.int32), counts), {}, {})
+
+    def with_totals(self, totals: Mapping[str, int]) -> EvidenceSnapshot:
+        """Returns it with how many calls failed of how many taken from ``totals``, if that counts more of them."""
+        if totals.get("calls", 0) <= self.ended:
+            return self
+        counts = self.calls.totals.copy()
+        for name, column in _KEPT.items():
+            counts[column] = totals.get(name, 0)
+        return replace(self, calls=replace(self.calls, totals=counts))
 
     def totals(self) -> dict[str, int]:
         """Returns the little of it that is kept with a rollout, for servers that start again."""
-        kept = {"calls": CALLS, "failed": FAILED, "caller_faults": CALLER_FAULTS}
-        return {name: int(self.calls.totals[column]) for name, column in kept.items()}
+        return {name: int(self.calls.totals[column]) for name, column in _KEPT.items()}
 
     @property
     def ended(self) -> int:
