@@ -334,8 +334,9 @@ class FakeServer:
 
     async def _watch_models(self, message: bytes, context: Context) -> AsyncIterator[bytes]:
         while True:
+            told = self.serving  # not after it was told: it may have changed by then, unseen
             yield model_pb2.WatchModelsResponse(model=self.model()).SerializeToString()
-            await self._serves_other_than(self.serving)
+            await self._serves_other_than(told)
 
     async def _serves_other_than(self, version: int) -> None:
         async with self._changed:
