@@ -312,8 +312,8 @@ class EngineProcess:
         except BaseException:
             self._copying = False
             raise
-        future.add_done_callback(self._on_compared)  # not when this returns: then somebody may have given it up
-        reply = await future
+        future.add_done_callback(self._on_compared)
+        reply = await asyncio.shield(future)  # whoever gives up waiting does not free the slot
         if reply["op"] == "failed":
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
         agreeing = {name: (rows, agreed) for name, rows, agreed in reply["agreeing"]}
