@@ -156,7 +156,7 @@ def _put_back(state: State, version: int, previous: int | None) -> State:
     changed = replace(state, aliases={**aliases, STABLE: previous})
     if state.rollout is None or state.rollout.previous != version:
         return changed
-    return replace(changed, rollout=replace(state.rollout, previous=previous))
+    return replace(changed, rollout=replace(state.rollout, previous=previous, baseline={}))
 
 
 def _without_rival(state: State) -> State:
@@ -164,7 +164,7 @@ def _without_rival(state: State) -> State:
     rollout = state.rollout
     if rollout is None or rollout.phase is Phase.WATCH:
         return state
-    alone = replace(rollout, steps=(), previous=None)
+    alone = replace(rollout, steps=(), previous=None, baseline={})
     return _promoted(state, alone) if rollout.phase is Phase.STEP else replace(state, rollout=alone)
 
 

@@ -10,6 +10,7 @@ ServeError
 |-- StalledError          the caller does not read its answers
 |-- CallerGoneError       nobody is left to answer
 |-- NotAvailableError     nothing can answer at the moment
+|-- NotCopiedError        a copy of a call can't be run, whatever the call was like
 |-- ExpiredError          the deadline passed before the call ran
 `-- ModelFailureError     the model itself failed
 """
@@ -68,6 +69,10 @@ class NotAvailableError(ServeError):
     def __init__(self, message: str, *, retry_after_s: float = 0.1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotCopiedError(ServeError):
+    """A copy of a call can't be run: that says nothing about the version, and no caller hears of it."""
 
 
 class ExpiredError(ServeError):

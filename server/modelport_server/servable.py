@@ -24,7 +24,7 @@ from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import Probe
 from modelport_server.once import Signal
 from modelport_server.options import BatchLimits, EngineLimits
-from modelport_server.rollout.agreement import MAX_ROWS, Compared
+from modelport_server.outputs import MAX_COMPARED_ROWS, Compared
 from modelport_server.rollout.observation import Observer
 from modelport_server.signatures import (
     arrange,
@@ -42,6 +42,7 @@ _CRASHES_TO_REJECT = 3
 _CRASH_WINDOW_S = 60.0
 _UNREADABLE_S = 1.0
 _LATELY_S = 1.0
+"""Whoever has called so long ago may well call again at any moment."""
 _PROBE = "probe"
 
 
@@ -308,14 +309,16 @@ class Servable:
         if served.spec.batched:
             common_rows(served.spec, inputs)
         answer: Sequence[RawTensor] = call.future.result().outputs
-        most = min(self._limits.max_batch_size, MAX_ROWS)
-        if call.splittable and served.batched and call.rows > most:
+        most = min(self._limits.max_batch_size, MAX_COMPARED_ROWS)
+        rows = call.rows
+        if call.splittable and served.batched and rows > most:
+            rows = most
             inputs, answer = ([cut_rows(tensor, 0, most) for tensor in tensors] for tensors in (inputs, answer))
         if self._engine is None:
             raise EngineDiedError("the engine is not there")
         self._copied_at_s = monotonic()
         try:
-            return await self._engine.compare(served.spec.name, inputs, answer, look=look)
+            return await self._engine.compare(served.spec.name, rows, inputs, answer, look=look)
         finally:
             self._copied_at_s = math.inf
 

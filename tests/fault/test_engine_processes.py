@@ -23,6 +23,7 @@ import pytest_asyncio
 
 from modelport_registry import Registry
 from modelport_server.engines import spawner as spawners
+from modelport_server.engines._system import threads
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.spawner import Child, Spawner
 from modelport_server.gates.result import GATES, SAFETY, Outcome
@@ -652,3 +653,17 @@ async def test_a_probe_runs_alone_and_says_what_it_cost(root: Path, spawner: Spa
         assert all(probe.engine_time_us > 0 and probe.cpu_time_us > 0 for probe in probes)
     finally:
         await servable.stop()
+
+
+async def test_an_engine_has_all_cores_though_the_server_keeps_to_some(root: Path) -> None:
+    every = os.sched_getaffinity(0)
+    confined = {min(every)}
+    for thread in threads():
+        os.sched_setaffinity(thread, confined)
+    try:
+        async with _started() as spawner, _loaded(root, spawner) as (forked, _), _loaded(root, None) as (alone, _):
+            where = [os.sched_getaffinity(engine.pid) for engine in (forked, alone)]
+    finally:
+        for thread in threads():
+            os.sched_setaffinity(thread, every)
+    assert where == [every, every]

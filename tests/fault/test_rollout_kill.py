@@ -19,7 +19,7 @@ from tests.support.server import ServerProcess, wait_for
 from tests.support.stub_engine import hold_file, reached_file, stub_golden, write_stub
 
 MODEL = "versioned"
-POLICY = canary_policy((0.2, 1.0), (0.5, 2.0), watch_s=2.0, min_calls=20)
+POLICY = canary_policy((0.2, 1.0), (0.5, 1.0), watch_s=2.0, min_calls=20)
 STEPS = len(POLICY.canary_steps)
 ENDS = ("promoted", "rolled back")
 

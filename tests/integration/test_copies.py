@@ -19,7 +19,7 @@ from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import Registry
 from modelport_server.batching.calls import Answer, Call
 from modelport_server.engines.process import LoadOrder
-from modelport_server.errors import EngineDiedError, InvalidCallError, ModelFailureError, OverloadedError
+from modelport_server.errors import EngineDiedError, InvalidCallError, ModelFailureError, NotCopiedError
 from modelport_server.options import BatchLimits, EngineLimits
 from modelport_server.servable import Servable
 from modelport_server.tensors import RawTensor
@@ -94,7 +94,7 @@ async def test_an_output_that_is_not_there_agrees_in_nothing(servable: Servable)
 
 async def test_a_large_call_is_compared_in_the_rows_of_one_batch(servable: Servable) -> None:
     found = await servable.compare(_answered(np.arange(100) % 10), look=False)
-    assert found.agreeing["scores"] == (LARGEST, LARGEST)
+    assert (found.rows, found.agreeing["scores"]) == (LARGEST, (LARGEST, LARGEST))
 
 
 async def test_what_is_not_for_it_is_not_run(servable: Servable) -> None:
@@ -121,7 +121,7 @@ async def test_one_at_a_time_beside_calls_until_the_engine_dies(servable: Servab
     os.kill(pid, signal.SIGSTOP)
     copy = asyncio.create_task(servable.compare(_answered(np.array([5])), look=False))
     await _until(lambda: not servable.takes_copies and servable.oldest_wait_s > 0)
-    with pytest.raises(OverloadedError):
+    with pytest.raises(NotCopiedError):
         await servable.compare(_answered(np.array([5])), look=False)
     call = servable.prepare("", _answered(np.array([5])).inputs, (), float("inf"))
     servable.submit(call)

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from modelport_server.engines._system import fewer_cores
-from modelport_server.engines.cores import BatchTimes, CoreSharing
+from modelport_server.engines.cores import BatchTimes, Calm, CoreSharing
 
 ALL = frozenset(os.sched_getaffinity(0))
 TAKEN = frozenset(sorted(ALL)[1:])
@@ -98,7 +98,9 @@ async def test_who_gets_copies_keeps_off_the_cores_of_who_answers() -> None:
         cores.serve(candidate, times)
         cores.copy_to({candidate})
         taken = fewer_cores(ALL)
-        await _become(lambda: _where() == _where(serving) == ALL - taken and _where(candidate) == taken)
+        await _become(lambda: _where() == _where(serving) == ALL - taken != _where(candidate))
+        assert len(_where(candidate)) == len(ALL - taken)
+        assert _where(candidate) <= taken
         cores.copy_to(frozenset())
         await _become(lambda: _where() == _where(serving) == _where(candidate) == ALL)
 
@@ -122,6 +124,50 @@ async def test_long_batches_have_all_cores() -> None:
     async with _shared(times) as (_, serving, _):
         await asyncio.sleep(SOON_S)
         assert _where() == _where(serving) == ALL
+
+
+def _looks(calm: Calm, count: int, calls: int, *, cores: int = 1, gain: bool = False, now_s: float = 0.0) -> list[bool]:
+    return [calm.look(calls, cores, gain=gain, now_s=now_s + 0.05 * number) for number in range(count)]
+
+
+def test_it_is_calm_until_something_says_otherwise() -> None:
+    assert Calm(1, 0.0).look(1, 1, gain=False, now_s=0.0)
+    assert not Calm(2, 0.0).look(2, 1, gain=False, now_s=0.0)
+    assert Calm(2, 0.0).look(2, 2, gain=False, now_s=0.0)
+    assert not Calm(0, 0.0).look(0, 1, gain=True, now_s=0.0)
+    assert not Calm(0, 0.0).look(0, 0, gain=False, now_s=0.0)
+
+
+def test_a_burst_counts_at_once_and_more_calls_than_cores_soon() -> None:
+    calm = Calm(1, 0.0)
+    assert all(_looks(calm, 100, 1))
+    assert not calm.look(64, 1, gain=False, now_s=5.0)
+    few = Calm(1, 0.0)
+    seen = _looks(few, 100, 2)
+    assert seen[0]
+    assert not any(seen[10:])
+
+
+def test_it_has_to_be_calm_for_a_while_again() -> None:
+    calm = Calm(1, 0.0)
+    assert not calm.look(1, 1, gain=True, now_s=0.0)
+    seen = _looks(calm, 40, 1, now_s=0.05)
+    assert seen.index(True) == 20
+    assert all(seen[20:])
+
+
+async def test_nobody_is_moved_once_it_is_over() -> None:
+    cores = CoreSharing(lambda: 1)
+    with _process(SLEEP) as serving, _process(SLEEP) as candidate:
+        cores.serve(serving, BatchTimes())
+        cores.serve(candidate, BatchTimes())
+        cores.copy_to({candidate})
+        await _become(lambda: _where(serving) != ALL != _where(candidate))
+        await cores.stop()
+        assert _where() == _where(serving) == _where(candidate) == ALL
+        cores.load(candidate)
+        await asyncio.sleep(0.2)
+        assert _where(serving) == ALL
 
 
 async def test_long_batches_that_use_one_core_are_left_with_it() -> None:

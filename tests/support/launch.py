@@ -2,8 +2,8 @@
 
 ``python -m tests.support.launch '{"engine": {"golden_timeout_s": 5}, "stub": false}' serve ...``: what comes
 after the settings is what ``modelport`` takes. With ``stub`` the engine processes run
-``tests.support.stub_engine``, whose folder is ``hold``, and their speed is measured for an instant only;
-with ``spare`` the machine always has a core to spare, whatever else it does. Everything else is what it
+``tests.support.stub_engine``, whose folder is ``hold``, and their speed is measured for an instant only,
+callers or not; with ``spare`` the machine always has a core to spare, whatever else it does. Everything else is what it
 always is.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from modelport.cli import main as modelport
 from modelport_server import options
 from modelport_server.engines import spawner
+from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import compare_speed
 from modelport_server.rollout import model
 from modelport_server.rollout.spare import SpareTime
@@ -46,6 +47,10 @@ def _run_stub(
     return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
 
 
+def _compare_speed_at_once(*versions: Any, **options: Any) -> Awaitable[GateResult]:
+    return compare_speed(*versions, **options | {"budget_s": _SPEED_S, "has_callers": lambda: False})
+
+
 def _always(spare: SpareTime) -> bool:
     return True
 
@@ -57,7 +62,7 @@ def main() -> None:
     if settings["stub"]:
         os.environ[HOLD] = settings["hold"]
         setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
-        setattr(model, "compare_speed", partial(compare_speed, budget_s=_SPEED_S))  # noqa: B010
+        setattr(model, "compare_speed", _compare_speed_at_once)  # noqa: B010
     if settings["spare"]:
         setattr(SpareTime, "there_is", _always)  # noqa: B010
     modelport()

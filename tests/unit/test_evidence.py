@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelport.tensors import array_bytes, dtype_of
-from modelport_server.rollout.categories import NON_FINITE, categories
+from modelport_server.outputs import NON_FINITE, categories
 from modelport_server.rollout.evidence import (
     BATCHES,
     BROKEN,

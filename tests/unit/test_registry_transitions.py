@@ -173,6 +173,15 @@ class TestAdvance:
         assert state.rollout.phase is Phase.WATCH
         assert state.rollout.baseline == {"calls": 10_050, "failed": 201}
 
+    def test_what_another_version_did_is_not_the_baseline(self) -> None:
+        state = t.advance(replace(_candidate(3, 2), last=PROMOTED), {"calls": 1000, "failed": 900})
+        put_back = reject(state, 2)
+        assert put_back.rollout is not None
+        assert (put_back.rollout.previous, put_back.rollout.baseline) == (1, {})
+        alone = reject(t.advance(_candidate(3, 2), {"calls": 1000}), 2)
+        assert alone.rollout is not None
+        assert (alone.rollout.previous, alone.rollout.phase, alone.rollout.baseline) == (None, Phase.WATCH, {})
+
     def test_without_steps_the_gates_are_enough(self) -> None:
         state = t.advance(start(_stable(1), 2))
         assert state.aliases == {"stable": 2}

@@ -15,8 +15,9 @@ import pytest
 from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import RolloutPolicy
 from modelport_server.batching.calls import Answer, Call
-from modelport_server.errors import ExpiredError, InvalidCallError, ModelFailureError, ServeError
-from modelport_server.rollout.agreement import Agreement, Compared, agreeing_rows
+from modelport_server.errors import ExpiredError, InvalidCallError, ModelFailureError, NotCopiedError, ServeError
+from modelport_server.outputs import Compared, agreeing_rows
+from modelport_server.rollout.agreement import Agreement
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.evidence import CALLER_FAULTS, FAILED, ROWS, Evidence, bucket_of, size_of
 from modelport_server.rollout.shadow import Shadow
@@ -141,7 +142,7 @@ def _figures(shadow: Shadow) -> Mapping[str, Any]:
 
 
 def _agrees(call: Call) -> Compared:
-    return Compared(1500, {"y": (1, 1)}, {"y": [1]})
+    return Compared(1, 1500, {"y": (1, 1)}, {"y": [1]})
 
 
 def _refuses(call: Call) -> Compared:
@@ -220,6 +221,41 @@ async def test_a_candidate_that_is_busy_or_gone_gets_no_copy() -> None:
     assert (_figures(shadow)["dropped"], evidence.snapshot().ended) == (1, 0)
 
 
+async def test_a_call_that_ends_as_the_last_copy_does_is_copied() -> None:
+    candidate = Candidate(_agrees)
+    shadow, _ = _shadow(candidate)
+    shadow.on_call(_call(), 0.0)
+    for wait in range(8):  # one of these moments is between the end of the copies and the next begin
+        for _ in range(wait):
+            await asyncio.sleep(0)
+        shadow.on_call(_call(), 0.0)
+    await _settled()
+    assert len(candidate.copies) == 9
+
+
+async def test_answers_count_towards_what_waits() -> None:
+    candidate = Candidate(_agrees)
+    shadow, _ = _shadow(candidate)
+    large = _call()
+    large.future = asyncio.get_running_loop().create_future()
+    large.future.set_result(Answer(1, (raw(np.zeros((1, 5 << 20))),), 0, 0))
+    shadow.on_call(large, 0.0)
+    await _settled()
+    assert (candidate.copies, _figures(shadow)["dropped"]) == ([], 1)
+
+
+async def test_what_can_not_be_copied_says_nothing_about_the_candidate() -> None:
+    def full(call: Call) -> Compared:
+        raise NotCopiedError("it does not fit into a message")
+
+    shadow, evidence = _shadow(Candidate(full))
+    shadow.on_call(_call(), 0.0)
+    await _settled()
+    figures = _figures(shadow)
+    assert (figures["copied"], figures["dropped"], figures["failed"]) == (0, 1, 0)
+    assert evidence.snapshot().ended == 0
+
+
 async def test_a_shadow_that_is_over_copies_nothing_more() -> None:
     candidate = Candidate(_agrees)
     shadow, _ = _shadow(candidate)
@@ -287,7 +323,7 @@ async def _judged(agreements: dict[str, tuple[int, int]]) -> Verdict:
 
     def answer(call: Call) -> Compared:
         left[call.signature] -= 1
-        return Compared(100, {"y": (1, int(left[call.signature] >= 0))}, {})
+        return Compared(1, 100, {"y": (1, int(left[call.signature] >= 0))}, {})
 
     shadow, _ = _shadow(Candidate(answer))
     for signature, (rows, _agreed) in agreements.items():

@@ -23,6 +23,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _OOM_SCORE = 500
 _LOWEST = 19
+CORES = "MODELPORT_CORES"
+"""The environment variable that tells an engine process and the zygote which cores there are."""
 _FED = 0.7
 """What has had a core for this share of the time is not starved."""
 
@@ -40,6 +42,13 @@ def live_under(parent: int) -> bool:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     return os.getppid() == parent  # if not, it ended before the kernel was told
+
+
+def take_cores() -> None:
+    """Lets this process use the cores that the server began with, whatever the server itself keeps to just now."""
+    if cores := os.environ.get(CORES):
+        with suppress(OSError):  # those may be gone, or not its to use any more
+            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
 def adopt_descendants() -> bool:
@@ -95,38 +104,40 @@ class Priority:
         """Gives every thread the priority and the cores that the process began with."""
         _set_all(self._ordinary if self._can_return else None, self._cores)
 
-    @contextmanager
-    def on_all_cores(self) -> Generator[None]:
-        """Lets the present thread use all cores within, and any that it makes as long as it is not lowered again."""
-        os.sched_setaffinity(0, self._cores)
-        try:
-            yield
-        finally:
-            self.lower()
+    def run_on_all_cores(self, work: Callable[[], Result]) -> Result:
+        """Returns what ``work`` returns, which is done on a thread that may use all cores, as may any that it makes.
+
+        They keep them until the priority is lowered again.
+        """
+        return _on_a_thread(work, lambda: os.sched_setaffinity(0, self._cores))
 
     @contextmanager
     def raised_if_starved(self, after_s: float) -> Generator[None]:
-        """Restores the priority if what is done within takes longer, and lowers it again at the end.
+        """Restores the priority once what is done within takes long for want of a core, and lowers it again at the end.
 
-        Unless it has had a core for most of the time: then nobody more important keeps it from its end.
+        As long as it has a core for most of the time, nobody more important keeps it from its end.
 
         Args:
-            after_s: how long it may take, in seconds.
+            after_s: how long it may take until this is first looked at, in seconds; from then on four times as often.
         """
-        began_cpu_s = self._cpu_clock()
+        over = threading.Event()
 
-        def raise_if_starved() -> None:
-            if self._cpu_clock() - began_cpu_s < _FED * after_s:
-                self.restore()
+        def watch() -> None:
+            wait_s, before_s = after_s, self._cpu_clock()
+            while not over.wait(wait_s):
+                now_s = self._cpu_clock()
+                if now_s - before_s < _FED * wait_s:
+                    self.restore()
+                    return
+                wait_s, before_s = after_s / 4, now_s
 
-        timer = threading.Timer(after_s, raise_if_starved)
-        timer.daemon = True
-        timer.start()
+        watching = threading.Thread(target=watch, name="priority", daemon=True)
+        watching.start()
         try:
             yield
         finally:
-            timer.cancel()
-            timer.join()
+            over.set()
+            watching.join()
             self.lower()
 
     def run(self, work: Callable[[], Result]) -> Result:
@@ -139,12 +150,16 @@ def at_lowest_priority(work: Callable[[], Result]) -> Result:
 
     A thread, because an unprivileged process that has lowered its priority can't raise it again.
     """
+    return _on_a_thread(work, lambda: _set_priority(threading.get_native_id(), _LOWEST))
+
+
+def _on_a_thread(work: Callable[[], Result], prepare: Callable[[], None]) -> Result:
     results: list[Result] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            _set_priority(threading.get_native_id(), _LOWEST)
+            prepare()
             results.append(work())
         except BaseException as error:  # it is raised again on the caller's thread
             errors.append(error)

@@ -84,17 +84,46 @@ class BatchTimes:
             self._began_s += passed_s
 
 
+class Calm:
+    """Whether those who answer have been content with a few cores for a while.
+
+    Args:
+        calls: how many calls are under way.
+        now_s: the time, in seconds.
+    """
+
+    def __init__(self, calls: int, now_s: float) -> None:
+        self._average = float(calls)
+        self._since_s: float | None = now_s - _CALM_FOR_S  # until something says otherwise
+
+    def look(self, calls: int, cores: int, *, gain: bool, now_s: float) -> bool:
+        """Returns whether it is calm, as of a look that comes every ``_LOOK_S``.
+
+        Args:
+            calls: how many calls are under way.
+            cores: how many cores those who answer would be left with.
+            gain: whether their batches gain from more.
+            now_s: the time, in seconds.
+        """
+        self._average = _MEMORY * self._average + (1 - _MEMORY) * calls
+        if not cores or gain or self._average > _BUSY * cores or calls > _BURST * cores:
+            self._since_s = None
+        elif self._since_s is None and self._average < _CALM * cores:
+            self._since_s = now_s
+        return self._since_s is not None and now_s - self._since_s >= _CALM_FOR_S
+
+
 class CoreSharing:
     """Divides the cores between this process with its engines and work that nobody waits for.
 
-    That are versions that are being made ready, and those that get nothing but copies of calls.
+    Such work are versions that are being made ready, that get nothing but copies of calls, or that are measured.
 
     A kernel that preempts lazily may wake up a thread on a core where something unimportant computes, and let
     it wait there for the next tick. So who answers calls is moved to the other cores: as long as the others keep
     off some, these are enough, and their batches so short that a tick matters, or without use for more cores.
     Versions that are being made ready keep off some by themselves; those that get copies, or are measured
-    beside those who answer, are moved. Needs no rights beyond those over its own processes; where it may not
-    move them, all stay where they are.
+    beside those who answer, are moved, to as many cores as these have. Needs no rights beyond those over its own
+    processes; where it may not move them, all stay where they are.
 
     Args:
         calls: returns how many calls are under way.
@@ -108,7 +137,15 @@ class CoreSharing:
         self._measured: set[int] = set()
         self._serving: dict[int, BatchTimes] = {os.getpid(): BatchTimes()}
         self._task: asyncio.Task[None] | None = None
-        self._refused = False
+        self._over = len(self._all) == 1
+        """Whether nobody is to be moved any more."""
+
+    async def stop(self) -> None:
+        """Moves everybody back, and nobody from then on."""
+        self._over = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     def load(self, pid: int) -> None:
         """Counts an engine process as one that makes a version ready."""
@@ -131,7 +168,7 @@ class CoreSharing:
             self._measured.discard(pid)
 
     def _begin(self) -> None:
-        if self._behind and self._task is None and len(self._all) > 1:
+        if self._behind and self._task is None and not self._over:
             self._task = asyncio.get_running_loop().create_task(self._share())
             self._task.add_done_callback(self._on_end)
 
@@ -156,61 +193,56 @@ class CoreSharing:
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
             _log.error("cores can't be shared", exc_info=error)
             return
         self._begin()  # for one that has begun to load this moment
 
     async def _share(self) -> None:
         placed: dict[int, Set[int]] = {}
-        average, calm_since_s = (
-            float(self._calls()),
-            monotonic() - _CALM_FOR_S,
-        )  # calm, as long as nothing says otherwise
+        calm = Calm(self._calls(), monotonic())
         try:
-            while self._behind:
+            while self._behind and not self._over:
                 await asyncio.sleep(_LOOK_S)
-                calls = self._calls()
-                average = _MEMORY * average + (1 - _MEMORY) * calls
                 aside = self._copied_to | self._measured
                 taken: Set[int] = fewer_cores(self._all) if aside else frozenset()
                 free = self._all - taken - frozenset().union(*map(_cores_of, self._loading))
-                many = average > _BUSY * len(free) or calls > _BURST * len(free)
                 answering = [times for pid, times in self._serving.items() if pid not in aside]
-                if not free or many or any(times.gain(len(free)) for times in answering):
-                    calm_since_s = 0.0
-                elif not calm_since_s and average < _CALM * len(free):
-                    calm_since_s = monotonic()
-                calm = calm_since_s and monotonic() - calm_since_s >= _CALM_FOR_S
-                self._place(*((free, taken) if calm else (self._all, self._all)), placed)
+                gain = any(times.gain(len(free)) for times in answering)
+                if calm.look(self._calls(), len(free), gain=gain, now_s=monotonic()):
+                    self._place(free, frozenset(sorted(taken)[-len(free) :]), placed)
+                else:
+                    self._place(self._all, self._all, placed)
         finally:
             self._place(self._all, self._all, placed)
 
-    def _place(self, free: Set[int], taken: Set[int], placed: dict[int, Set[int]]) -> None:
+    def _place(self, free: Set[int], beside: Set[int], placed: dict[int, Set[int]]) -> None:
         """Moves whoever is not where it should be.
 
         Args:
             free: the cores of those who answer calls.
-            taken: the cores of those who get copies. Those who are measured get no more of them than ``free`` are.
+            beside: the cores of those who get copies or are measured.
             placed: where each process is; on all cores if it is not in there.
         """
-        as_many = frozenset(sorted(taken)[-len(free) :])
-        for pid in self._serving:
-            cores = taken if pid in self._copied_to else as_many if pid in self._measured else free
-            if placed.get(pid, self._all) != cores and not self._refused:
+        for pid, times in self._serving.items():
+            cores = beside if pid in self._copied_to or pid in self._measured else free
+            if placed.get(pid, self._all) != cores:
                 self._move(pid, cores)
                 placed[pid] = cores
-                self._serving[pid].confined = cores != self._all and not self._refused
+                times.confined = cores != self._all
 
     def _move(self, pid: int, cores: Set[int]) -> None:
         try:
-            for thread in threads(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(thread, cores)
+            for _ in range(2):  # one that was made meanwhile may have the cores that its maker had
+                for thread in threads(pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.sched_setaffinity(thread, cores)
         except FileNotFoundError:
             return  # it has ended
         except OSError as error:
-            self._refused = True
+            self._over = True
             _log.info("calls and loading share all cores: %s", error.strerror)
 
 

@@ -21,11 +21,11 @@ from modelport_server.engines.cores import BatchTimes, CoreSharing
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
-from modelport_server.errors import EngineDiedError, ModelFailureError, OverloadedError
+from modelport_server.errors import EngineDiedError, ModelFailureError, NotCopiedError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import EngineLimits
-from modelport_server.rollout.agreement import Compared
+from modelport_server.outputs import Compared
 from modelport_server.tensors import RawTensor, cut_rows, join_rows
 
 _log = logging.getLogger(__name__)
@@ -274,11 +274,17 @@ class EngineProcess:
         slot = self._free.pop()
         try:
             future = self._begin_run("run", slot, batch.signature, _joined(batch))
+        except messages.MessageTooLargeError as error:
+            self._free.append(slot)
+            raise ModelFailureError("the call has too many inputs") from error
         except BaseException:
             self._free.append(slot)
             raise
-        # From here on the slot is the engine's until it answers, whatever becomes of this call.
-        reply = await future
+        try:
+            reply = await asyncio.shield(future)
+        except asyncio.CancelledError:  # the slot is the engine's until it answers
+            future.add_done_callback(lambda _: self._free.append(slot))
+            raise
         if reply["op"] == "failed":
             self._free.append(slot)
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
@@ -287,12 +293,13 @@ class EngineProcess:
         return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
 
     async def compare(
-        self, signature: str, inputs: Sequence[RawTensor], answer: Sequence[RawTensor], *, look: bool
+        self, signature: str, rows: int, inputs: Sequence[RawTensor], answer: Sequence[RawTensor], *, look: bool
     ) -> Compared:
         """Runs a copy of a call and returns how its outputs compare with what another version answered.
 
         Args:
             signature: its name.
+            rows: how many rows it has.
             inputs: every input, in the signature's order; all rows run together.
             answer: the other version's outputs.
             look: whether to find the categories of the outputs' rows.
@@ -300,24 +307,23 @@ class EngineProcess:
         Raises:
             ModelFailureError: if the model failed.
             EngineDiedError: if the process died, or hung and was killed.
-            OverloadedError: if a copy is under way.
+            NotCopiedError: if a copy is under way, or this one has too many inputs and outputs.
         """
-        if not self.takes_copies:
-            if self._ended.is_set():
-                raise EngineDiedError("the engine died")
-            raise OverloadedError("a copy is under way", retry_after_s=0.01)
-        self._copying = True
+        if self._ended.is_set():
+            raise EngineDiedError("the engine died")
+        if self._copying:
+            raise NotCopiedError("a copy is under way")
         try:
             future = self._begin_run("compare", _COPY_SLOT, signature, inputs, answer, look=look)
-        except BaseException:
-            self._copying = False
-            raise
+        except messages.MessageTooLargeError as error:
+            raise NotCopiedError("it does not fit into a message") from error
+        self._copying = True
         future.add_done_callback(self._on_compared)
         reply = await asyncio.shield(future)  # whoever gives up waiting does not free the slot
         if reply["op"] == "failed":
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
-        agreeing = {name: (rows, agreed) for name, rows, agreed in reply["agreeing"]}
-        return Compared(reply["us"], agreeing, reply["categories"])
+        agreeing = {name: (of, agreed) for name, of, agreed in reply["agreeing"]}
+        return Compared(rows, reply["us"], agreeing, reply["categories"])
 
     def _on_compared(self, _: object) -> None:
         self._copying = False
@@ -332,7 +338,12 @@ class EngineProcess:
         *,
         look: bool = False,
     ) -> asyncio.Future[messages.Message]:
-        """Puts tensors into a free slot and has the engine run them; returns what will be its reply."""
+        """Puts tensors into a free slot and has the engine run them; returns what will be its reply.
+
+        Raises:
+            MessageTooLargeError: if there are too many of them.
+            EngineDiedError: if the process died.
+        """
         self._next_id += 1
         tensors = [*inputs, *answer]
         entries, size = messages.describe(tensors)
@@ -347,10 +358,7 @@ class EngineProcess:
             "answer": entries[len(inputs) :],
             "look": look,
         }
-        try:
-            self._send(message)
-        except messages.MessageTooLargeError as error:
-            raise ModelFailureError("the call has too many inputs") from error
+        self._send(message)
         future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
         self._running[self._next_id] = future
         if len(self._running) == 1:

@@ -15,10 +15,12 @@ from contextlib import suppress
 from typing import Protocol
 
 from modelport_server.engines import _messages as messages
-from modelport_server.engines._system import adopt_descendants
+from modelport_server.engines._system import CORES, adopt_descendants
 
 _log = logging.getLogger(__name__)
 
+_ALL_CORES = sorted(os.sched_getaffinity(0))
+"""Those that the server begins with; later it may keep to some of them."""
 _IMPORT_S = 60.0
 _FORK_S = 30.0
 _SHORT_LIFE_S = 60.0
@@ -124,7 +126,7 @@ def _run_module(
 ) -> subprocess.Popen[bytes]:
     # -P: what lies in the folder that the server was started in must not be imported.
     command = [sys.executable, "-P", "-m", f"modelport_server.engines.{module}", *map(str, arguments)]
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment, CORES: ",".join(map(str, _ALL_CORES))}
     return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
 
 

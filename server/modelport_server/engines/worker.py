@@ -1,4 +1,4 @@
-"""An engine process: puts one version through its gates, then runs batches until the front goes.
+"""An engine process: puts one version through its gates, then runs batches and copies of calls until the front goes.
 
 Started by ``modelport_server.engines.spawner``, in one of two ways: forked from the zygote, or with a
 command line that gives the front's pid and the file descriptors of the socket pair and of each slot's two
@@ -22,21 +22,25 @@ from modelport.tensors import array_bytes, array_from_bytes, dtype_of
 from modelport_registry import JSON, Golden, IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
-from modelport_server.engines._system import Priority, close_network, live_under
+from modelport_server.engines._system import Priority, close_network, live_under, take_cores
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.protocol import Array, Engine, EngineError
 from modelport_server.engines.verification import GoldenMismatchError, Verified, check_golden
 from modelport_server.engines.warming import Request, TimedEngine, WarmUp, WarmUpError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
-from modelport_server.rollout.agreement import agreeing_rows
-from modelport_server.rollout.categories import categories
+from modelport_server.outputs import agreeing_rows, categories
 from modelport_server.signatures import is_batchable
 from modelport_server.tensors import RawTensor
 
 _MIB = 1 << 20
 _PATIENCE = 0.5
 """The share of a gate's time after which those who serve no longer keep it from its end."""
+
+_MAX_LOOKS = 16
+"""Of how many outputs the categories of a copy's rows are told."""
+_MANY_OUTPUTS = 500
+"""With more outputs than this there is no room in a message for categories."""
 
 Figures = dict[str, JSON]
 
@@ -231,9 +235,9 @@ class _Loading:
 
     def _load(self, manifest: Manifest) -> Engine:
         self._priority.run(_import_engine)
-        # On this thread, because the engine's thread pools take on the priority of the one that makes them.
-        with self._priority.on_all_cores():  # it makes as many threads as there are cores
-            engine = _new_engine(self._threads)
+        # Its thread pools take on the priority of the thread that makes them, and are as large as that has cores.
+        engine = self._priority.run_on_all_cores(lambda: _new_engine(self._threads))
+        self._priority.lower()
         try:
             self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
         except EngineError as error:
@@ -301,10 +305,17 @@ def _raw(outputs: Mapping[str, Array]) -> list[RawTensor]:
 
 
 def _comparison(answer: Sequence[RawTensor], outputs: Sequence[RawTensor], *, look: bool) -> messages.Message:
-    """Returns what the reply to ``compare`` says of the outputs; ``look`` asks for their rows' categories."""
+    """Returns what the reply to ``compare`` says of the outputs.
+
+    Args:
+        answer: the other version's outputs.
+        outputs: this one's.
+        look: whether to find the categories of the rows, of as many outputs as fit into a message for certain.
+    """
     given = {tensor.name: tensor for tensor in outputs}
     agreeing = [[tensor.name, *agreeing_rows(tensor, given.get(tensor.name))] for tensor in answer]
-    return {"agreeing": agreeing, "categories": {t.name: categories(t) for t in outputs} if look else {}}
+    looked_into = outputs[:_MAX_LOOKS] if look and len(answer) <= _MANY_OUTPUTS else ()
+    return {"agreeing": agreeing, "categories": {tensor.name: categories(tensor) for tensor in looked_into}}
 
 
 def preload() -> None:
@@ -349,6 +360,7 @@ def run_engine(front: int, fds: Sequence[int]) -> Never:
 def main() -> None:
     """Runs an engine process; the arguments are the front's pid and file descriptors."""
     front, *fds = (int(argument) for argument in sys.argv[1:])
+    take_cores()
     run_engine(front, fds)
 
 

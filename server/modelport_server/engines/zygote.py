@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Never
 
 from modelport_server.engines import _messages as messages
-from modelport_server.engines._system import at_lowest_priority, live_under, threads
+from modelport_server.engines._system import at_lowest_priority, live_under, take_cores, threads
 from modelport_server.engines.worker import preload, run_engine
 
 MAX_FDS = 16
@@ -152,6 +152,7 @@ def main() -> None:
     front, fd = (int(argument) for argument in sys.argv[1:])
     if not live_under(front):
         return
+    take_cores()
     control = socket.socket(fileno=fd)
     with contextlib.suppress(ConnectionError):
         Zygote(front, control).serve()

@@ -156,7 +156,7 @@ async def compare_speed(
                 if case.slower(max_ratio):
                     break  # that is enough to reject it
     except TimeoutError:
-        if race.candidate_s > max_ratio * race.stable_s:
+        if race.candidate_waits.mean_s > max_ratio * race.stable_waits.mean_s:
             return result(Outcome.FAILED, too_long)
         if not any(case.looks for case in cases):
             raise NotMeasurableError(f"the version in charge {too_long} to be measured") from None
@@ -291,6 +291,18 @@ class _StableFailedError(Exception):
 
 
 @dataclass(slots=True)
+class _Waits:
+    """How long a version was waited for."""
+
+    seconds: float = 0.0
+    runs: int = 0
+
+    @property
+    def mean_s(self) -> float:
+        return self.seconds / self.runs if self.runs else 0.0
+
+
+@dataclass(slots=True)
 class _Race:
     """Two versions that run the same batches in turns."""
 
@@ -300,15 +312,16 @@ class _Race:
     pause: Callable[[float], Awaitable[None]]
     has_callers: Callable[[], bool]
     longest_pause_s: float
-    stable_s: float = 0.0
-    """How long the stable version was waited for."""
-    candidate_s: float = 0.0
+    stable_waits: _Waits = field(default_factory=_Waits)
+    candidate_waits: _Waits = field(default_factory=_Waits)
+    held_up_s: float = 0.0
+    """How long callers have waited for what was measured since the last pause for them."""
 
-    async def fit(self, case: _Case, others: Sequence[_Case]) -> bool:
+    async def fit(self, case: _Case, cases: Sequence[_Case]) -> bool:
         """Returns whether a case can be measured without callers' having to wait long, cut if need be."""
         if case.batch_rows <= 1:
             return True
-        if any(_wall(o.all.candidate) > _LONGEST_BATCH_US for o in others if o.looks and o.signature == case.signature):
+        if any(_wall(o.all.candidate) > _LONGEST_BATCH_US for o in cases if o.looks and o.signature == case.signature):
             return False  # one row takes as long as a batch may
         # On the candidate, for which nobody waits yet; twice if need be, since the first run may be longer.
         probe = await self.candidate.probe(case.signature, case.inputs)
@@ -317,12 +330,13 @@ class _Race:
         return case.cut(probe.engine_time_us)
 
     async def run(self, case: _Case, budget_s: float) -> None:
+        await self._leave_to_callers()
         await self._run_stable(case)  # not measured: the first run of a shape may be longer
         await self._run_candidate(case)
-        look, end, before_s = _Look(), self.clock() + budget_s, 0.0
+        look, end = _Look(), self.clock() + budget_s
         while self._goes_on(len(look.candidate), end):
-            await self._leave_to_callers(self.stable_s - before_s)
-            first, second, before_s = self._run_stable, self._run_candidate, self.stable_s
+            await self._leave_to_callers()
+            first, second = self._run_stable, self._run_candidate
             if len(look.candidate) % 2:  # so that neither is always the one after a pause
                 first, second = second, first
             probes = {one: await self._warm(one, case) for one in (first, second)}
@@ -334,8 +348,9 @@ class _Race:
     def _goes_on(self, pairs: int, end_s: float) -> bool:
         return pairs < _FEWEST_PAIRS or (self.clock() < end_s and not self.has_callers())
 
-    async def _leave_to_callers(self, held_up_s: float) -> None:
-        """Pauses for long enough that what was measured was a small share of the stable version's time."""
+    async def _leave_to_callers(self) -> None:
+        """Pauses for long enough that what was measured last was a small share of the stable version's time."""
+        held_up_s, self.held_up_s = self.held_up_s, 0.0
         if self.has_callers():
             await self.pause(min(held_up_s / _SHARE_BESIDE_CALLERS, self.longest_pause_s))
 
@@ -345,24 +360,27 @@ class _Race:
         return await run(case) if probe.engine_time_us < _SHORT_BATCH_US and not kept_warm else probe
 
     async def _run_stable(self, case: _Case) -> Probe:
-        began_s = self.clock()
         try:
-            return await self.stable.probe(case.signature, case.inputs)
+            probe = await self._run(self.stable, self.stable_waits, case)
         except NotAvailableError as error:
             raise NotMeasurableError(f"the version in charge can't be measured: {error}") from error
         except OverloadedError:
             raise
         except ServeError as error:
             raise _StableFailedError(str(error)) from error
-        finally:
-            self.stable_s += self.clock() - began_s
+        self.held_up_s += probe.engine_time_us / 1e6
+        return probe
 
     async def _run_candidate(self, case: _Case) -> Probe:
+        return await self._run(self.candidate, self.candidate_waits, case)
+
+    async def _run(self, version: Prober, waits: _Waits, case: _Case) -> Probe:
         began_s = self.clock()
+        waits.runs += 1
         try:
-            return await self.candidate.probe(case.signature, case.inputs)
+            return await version.probe(case.signature, case.inputs)
         finally:
-            self.candidate_s += self.clock() - began_s
+            waits.seconds += self.clock() - began_s
 
 
 def _cases(examples: Mapping[str, Inputs], batched: Collection[str], sizes: Sequence[int]) -> Iterator[_Case]:

@@ -74,7 +74,7 @@ class Bake:
 
     @property
     def copied_to(self) -> Servable | None:
-        """Who gets copies of calls and nothing else; None if nobody does."""
+        """Who gets copies of calls, and calls that name it; None if nobody does."""
         return self._shadow.candidate if self._shadow is not None else None
 
     def follow(self, desired: Desired, servables: Mapping[int, Servable]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelport_server.errors import ModelFailureError, OverloadedError
-from modelport_server.rollout.categories import NON_FINITE, categories
+from modelport_server.outputs import NON_FINITE, categories
 from modelport_server.rollout.status import Traffic
 from modelport_server.rollout.timeline import WINDOW_S, Counts, Timeline
 from modelport_server.tensors import RawTensor
@@ -224,7 +224,7 @@ class Evidence:
             outputs: all outputs, valid during the call.
         """
         self.on_time(signature, rows, engine_time_us)
-        if self.looks():
+        if self.take_look():
             self.on_categories(signature, {tensor.name: categories(tensor) for tensor in outputs})
 
     def on_time(self, signature: str, rows: int, engine_time_us: int) -> None:
@@ -236,7 +236,7 @@ class Evidence:
         if times is not None:
             times.row(self._clock())[bucket_of(engine_time_us / 1e6)] += 1
 
-    def looks(self) -> bool:
+    def take_look(self) -> bool:
         """Returns whether the next batch's outputs are to be looked into, and counts it as one that is."""
         window = int(self._clock() / WINDOW_S)
         if window != self._looked_in:

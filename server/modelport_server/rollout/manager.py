@@ -165,5 +165,6 @@ class RolloutManager:
                 if error is not None:
                     _log.error("%s: its engines could not be ended", name, exc_info=error)
         finally:
+            await self._cores.stop()
             if self._spawner is not None:
                 await self._spawner.stop()

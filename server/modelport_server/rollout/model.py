@@ -125,7 +125,7 @@ class ModelRollout:
     def copied_to(self) -> int:
         """The engine process that gets copies of calls and nothing else; 0 for none."""
         servable = self._bake.copied_to
-        return servable.pid if servable is not None else 0
+        return servable.pid if servable is not None and not servable.has_callers else 0
 
     @property
     def baking(self) -> bool:

@@ -11,8 +11,9 @@ from time import monotonic
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import JSON, RolloutPolicy
 from modelport_server.batching.calls import Batch, BatchOutput, Call
-from modelport_server.errors import InvalidCallError, ServeError
-from modelport_server.rollout.agreement import Agreement, agreeing_rows
+from modelport_server.errors import InvalidCallError, NotCopiedError, ServeError
+from modelport_server.outputs import agreeing_rows
+from modelport_server.rollout.agreement import Agreement
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.evidence import Evidence, Outcome, outcome_of
 from modelport_server.rollout.spare import SpareTime
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 _MAX_WAITING = 32
 """Calls that end together are copied one after another; more than so many are not kept for it."""
 _MAX_WAITING_BYTES = 16 << 20
-"""The same in bytes of inputs."""
+"""The same in bytes of inputs and answers."""
 _FALSE_ALARM = 1e-5
 """How likely an output that agrees often enough is said not to, over all looks at it."""
 _SUSPICION = 0.05
@@ -78,8 +79,11 @@ class Shadow:
             self._dropped += 1
             return
         self._waiting.append(call)
-        self._waiting_bytes += call.bytes
-        if self._task is None:  # a task, because the caller's answer goes out first
+        self._waiting_bytes += _bytes(call)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._waiting and self._task is None:  # a task, because the caller's answer goes out first
             self._task = asyncio.get_running_loop().create_task(self._copy_waiting())
             self._task.add_done_callback(self._on_done)
 
@@ -92,20 +96,18 @@ class Shadow:
         self._waiting_bytes = 0
 
     def _has_room(self, call: Call) -> bool:
-        if not self._waiting:
-            return True
-        return len(self._waiting) < _MAX_WAITING and self._waiting_bytes + call.bytes <= _MAX_WAITING_BYTES
+        return len(self._waiting) < _MAX_WAITING and self._waiting_bytes + _bytes(call) <= _MAX_WAITING_BYTES
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.stop()
             _log.error("a call could not be copied", exc_info=error)
+        self._begin()  # for what came this moment
 
     async def _copy_waiting(self) -> None:
         while self._waiting:
             call = self._waiting.popleft()
-            self._waiting_bytes -= call.bytes
+            self._waiting_bytes -= _bytes(call)
             if self.candidate.takes_copies:
                 await self._copy(call)
             else:
@@ -114,7 +116,10 @@ class Shadow:
     async def _copy(self, call: Call) -> None:
         began_s = monotonic()
         try:
-            found = await self.candidate.compare(call, look=self._evidence.looks())
+            found = await self.candidate.compare(call, look=self._evidence.take_look())
+        except NotCopiedError:
+            self._dropped += 1
+            return
         except InvalidCallError:  # what callers send is not for it
             self._failed += 1
             self._add(call.signature, {t.name: agreeing_rows(t, None) for t in call.future.result().outputs})
@@ -127,7 +132,7 @@ class Shadow:
             return
         self._copied += 1
         self._evidence.on_call(Outcome.ANSWERED, monotonic() - began_s)
-        self._evidence.on_time(call.signature, call.rows, found.engine_time_us)
+        self._evidence.on_time(call.signature, found.rows, found.engine_time_us)
         self._evidence.on_categories(call.signature, found.categories)
         self._add(call.signature, found.agreeing)
 
@@ -165,3 +170,8 @@ class Shadow:
         if any(one.share < least for one in doubtful):
             return VerdictKind.DOUBTFUL, "too few rows to tell whether the outputs agree"
         return kind, reason
+
+
+def _bytes(call: Call) -> int:
+    """Returns the size of a call's inputs and of its answer."""
+    return call.bytes + sum(len(tensor.data) for tensor in call.future.result().outputs)

@@ -1,6 +1,9 @@
-"""What an output is like, row by row, in a few categories: predicted classes where it has them."""
+"""What outputs are like, row by row: in a few categories, and beside those of another version."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,9 @@ Numbers = NDArray[np.float32] | NDArray[np.float64]
 NON_FINITE = -(1 << 40)
 """The category of rows with NaN or infinity."""
 MAX_ROWS = 256
+"""A larger output is put into categories in its first rows."""
+MAX_COMPARED_ROWS = 1024
+"""A larger call is compared in its first rows."""
 _MAX_CLASSES = 10_000
 _MAX_ELEMENTS = 1 << 16
 _STEP_BITS = 21
@@ -56,3 +62,41 @@ def _steps(flat: Numbers) -> list[int]:
     sizes: NDArray[np.int32] = np.maximum(np.abs(means), _SMALLEST).view(np.int32) >> _STEP_BITS
     signed: list[int] = np.where(means < 0, -sizes, sizes).tolist()
     return signed
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a copy of a call came to on another version than the one that answered the call."""
+
+    rows: int
+    """How many of the call's rows ran."""
+    engine_time_us: int
+    """From its start to its end in the engine."""
+    agreeing: Mapping[str, tuple[int, int]]
+    """For each output of the answer, how many rows were compared, and how many of them are alike."""
+    categories: Mapping[str, Sequence[int]]
+    """The categories of each output's rows, see ``categories``; nothing where nobody asked for them."""
+
+
+def agreeing_rows(left: RawTensor, right: RawTensor | None) -> tuple[int, int]:
+    """Returns how many rows there are and how many are alike.
+
+    Rows of scores (floats in two dimensions) are alike if the same column is the highest; other floats
+    if every element is within 1% or 0.001; anything else if it is equal.
+    """
+    if right is None or left.shape != right.shape or left.dtype != right.dtype:
+        return (left.shape[0] if left.shape else 1), 0
+    first, second = (array_from_bytes(t.dtype, t.shape, t.data) for t in (left, right))
+    if not first.shape:
+        first, second = first[np.newaxis], second[np.newaxis]
+    first, second = first[:MAX_COMPARED_ROWS], second[:MAX_COMPARED_ROWS]
+    floats = np.issubdtype(first.dtype, np.floating) or left.dtype.name == "bfloat16"
+    if floats and first.ndim == 2 and first.shape[1] > 1:
+        same = first.argmax(axis=1) == second.argmax(axis=1)
+        same &= np.isfinite(first).all(axis=1) == np.isfinite(second).all(axis=1)
+        return len(first), int(same.sum())
+    if not first.size:
+        return len(first), len(first)
+    flat = (first.reshape(len(first), -1), second.reshape(len(second), -1))
+    same = np.isclose(*flat, rtol=0.01, atol=0.001, equal_nan=True) if floats else flat[0] == flat[1]
+    return len(first), int(np.asarray(same).all(axis=1).sum())
