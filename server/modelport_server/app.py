@@ -28,7 +28,7 @@ _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1
 _HANDLER_START_S = 0.05
 _NEVER_S = 1e6
-"""What ``grpc.aio.Server.stop`` is to wait for calls: for how long is decided here."""
+"""What ``grpc.aio.Server.stop`` is to wait for calls: ``Server.shut_down`` decides when it has been long enough."""
 
 
 class Server:
@@ -156,6 +156,8 @@ class Server:
         idle.cancel()
         stopping.cancel()
         await asyncio.wait({stopping})
+        if not stopping.cancelled() and (error := stopping.exception()) is not None:
+            _log.error("the gRPC server could not be stopped in order", exc_info=error)
         await self._grpc.stop(None)
         for task in self._tasks:
             task.cancel()
