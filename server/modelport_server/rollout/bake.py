@@ -94,7 +94,7 @@ class Bake:
     def _turn(self, key: _Key | None, rollout: Rollout | None) -> None:
         """Begins the next phase; a promoted version is compared with what its predecessor did until then."""
         predecessor = self._witnesses.get(rollout.previous) if rollout is not None and rollout.previous else None
-        kept = rollout.baseline if rollout is not None else {}
+        kept: Mapping[str, int] = rollout.baseline if rollout is not None else {}
         self._baseline = predecessor.snapshot().with_totals(kept) if predecessor is not None else _of_kept(kept)
         self._key, self._since_s, self._paused_at_s = key, self._clock(), None
         self._judge_at_s, self._verdict = float("-inf"), None
