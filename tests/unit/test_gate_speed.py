@@ -149,6 +149,9 @@ async def test_what_passes_is_not_the_versions_doing(until_s: float, looks: int)
 async def test_what_nobody_feels_is_not_slow() -> None:
     clock = Clock()
     tiny = FakeProber(clock, us_per_call=5.0, us_per_row=0.1)
+    result = await _compare(tiny, FakeProber(clock, us_per_call=30.0, us_per_row=0.1))
+    assert result.outcome is Outcome.PASSED
+    assert [case["looks"] for case in _measured(result)] == [1, 1], "nobody waits for what can't be slow"
     assert (await _compare(tiny, FakeProber(clock, us_per_call=40.0, us_per_row=0.5))).outcome is Outcome.PASSED
 
 

@@ -33,7 +33,7 @@ _MOST_SIGNATURES = 3
 _MOST_LOOKS = 4
 """What seems too slow is measured anew, up to so many times in all."""
 _DOUBTFUL = 0.6
-"""At this share of the largest ratio, and above, a few measurements do not tell."""
+"""At this share of what is too slow, and above, a few measurements do not tell."""
 _EXACT_PAIRS = 20
 """A look with so many is believed if it finds that a version is not slow."""
 _PAUSE_S = 0.5
@@ -190,9 +190,12 @@ class _Look:
     def cpu_ratio(self) -> float:
         return _ratio(_cpu(self.stable), _cpu(self.candidate))
 
+    @property
+    def longer_us(self) -> float:
+        return _wall(self.candidate) - _wall(self.stable)
+
     def slower(self, max_ratio: float) -> bool:
-        felt = _wall(self.candidate) - _wall(self.stable) > _NOT_FELT_US
-        return felt and self.ratio > max_ratio and self.cpu_ratio > max_ratio
+        return self.longer_us > _NOT_FELT_US and self.ratio > max_ratio and self.cpu_ratio > max_ratio
 
     def figures(self, rows: int) -> dict[str, JSON]:
         return {
@@ -244,7 +247,7 @@ class _Case:
     def doubtful(self, max_ratio: float) -> bool:
         """Returns whether it may be too slow, and no look shows that it is not."""
         seen = self.all
-        near = min(seen.ratio, seen.cpu_ratio) > _DOUBTFUL * max_ratio
+        near = seen.longer_us > _DOUBTFUL * _NOT_FELT_US and min(seen.ratio, seen.cpu_ratio) > _DOUBTFUL * max_ratio
         exact = (look for look in self.looks if len(look.candidate) >= _EXACT_PAIRS)
         return near and all(look.slower(max_ratio) for look in exact)
 
