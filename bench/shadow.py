@@ -58,6 +58,7 @@ LOADS = (
     Load("1 caller, at once again", 1),
     Load("32 callers, at once again", 32),
 )
+_BY_NAME = {load.name: load for load in LOADS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +194,13 @@ def run(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     with serving(registry.root, folder) as server, Client(server.address) as client:
         wait_in_charge(registry, SMALL, STABLE, server.alive)
         bench = Bench(registry, server, client, folder, options)
-        return [row for load in LOADS for row in bench.measure(load)]
+        return [row for load in options.loads for row in bench.measure(load)]
 
 
 def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Prints what was found."""
     table = Table(title=f"medians of {options.rounds} rounds of {options.seconds:g} s each (lowest to highest)")
-    for heading in ("", *(load.name for load in LOADS)):
+    for heading in ("", *(load.name for load in options.loads)):
         table.add_column(heading)
     lines: dict[str, tuple[int, tuple[str, ...]]] = {
         "calls/s without": (0, ("without", "calls_per_s")),
@@ -217,7 +218,7 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         "cores that others kept busy": (3, ("shadowed", "others_cores")),
     }
     for title, (digits, path) in lines.items():
-        of = [[row for row in rows if row["load"] == load.name] for load in LOADS]
+        of = [[row for row in rows if row["load"] == load.name] for load in options.loads]
         table.add_row(title, *(figures.spread(figures.at(group, *path), digits) for group in of))
     Console(width=130).print(table)
 
@@ -230,9 +231,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--others", type=float, default=0.05, help="cores that others may use before a round is repeated (default 0.05)"
     )
+    parser.add_argument(
+        "--load", action="append", choices=list(_BY_NAME), help="only this load; repeat for more (default: all)"
+    )
     parser.add_argument("--json", type=Path, default=Path("build/bench/shadow.json"), help="where figures go")
     parser.add_argument("--quick", action="store_true", help="one short round each: shows that it runs")
     options = parser.parse_args(arguments)
+    options.loads = [_BY_NAME[name] for name in options.load or _BY_NAME]
     if options.quick:
         options.rounds, options.seconds, options.others = 1, 2.0, float("inf")
     return options
