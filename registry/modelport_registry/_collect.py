@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from modelport_registry import transitions
 from modelport_registry._files import try_lock
 from modelport_registry._folder import Change, ModelFolder
 from modelport_registry._types import State
@@ -91,8 +92,8 @@ def _wanted(state: State) -> set[int | None]:
     wanted: set[int | None] = {state.pin, *state.aliases.values()}
     if state.rollout is not None:
         wanted |= {state.rollout.version, state.rollout.previous}
-    if state.last is not None:
-        wanted.add(state.last.previous)
+    if (promoted := transitions.promotion(state)) is not None:
+        wanted.add(promoted.previous)
     return wanted
 
 

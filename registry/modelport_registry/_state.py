@@ -14,7 +14,7 @@ from modelport_registry._names import is_version, parse_version
 from modelport_registry._policy import RolloutPolicy, read_step
 from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
 from modelport_registry._types import State
-from modelport_registry.transitions import OUTCOMES
+from modelport_registry.transitions import OUTCOMES, PROMOTED
 
 _KNOWN = {
     "format",
@@ -24,6 +24,7 @@ _KNOWN = {
     "pin",
     "rollout",
     "last",
+    "promotions",
     "rejected",
     "considered",
     "policy",
@@ -38,13 +39,15 @@ def read_state(fields: Fields) -> State:
     """
     if fields.integer("format", at_least=1) > 1:
         raise IntegrityError("the state has a newer format: upgrade modelport")
+    last = _ended(fields.child("last")) if fields.has("last") else None
     return State(
         generation=fields.integer("generation"),
         aliases=fields.mapping("aliases", _version),
         collected=fields.integer("collected"),
         pin=_optional_version(fields, "pin"),
         rollout=_rollout(fields.child("rollout")) if fields.has("rollout") else None,
-        last=_ended(fields.child("last")) if fields.has("last") else None,
+        last=last,
+        promotions=_promotions(fields, last),
         rejected=_rejected(fields),
         considered=fields.optional_integer("considered") or 0,
         policy=_policy(fields),
@@ -101,6 +104,12 @@ def _rollout(fields: Fields) -> Rollout:
     )
 
 
+def _promotions(fields: Fields, last: Ended | None) -> tuple[Ended, ...]:
+    if fields.has("promotions"):
+        return tuple(map(_ended, fields.objects("promotions")))
+    return (last,) if last is not None and last.outcome == PROMOTED else ()  # written before there was such a field
+
+
 def _ended(fields: Fields) -> Ended:
     if fields.text("outcome") not in OUTCOMES:
         raise fields.wrong("outcome")
@@ -146,6 +155,7 @@ def state_json(state: State) -> bytes:
         "pin": state.pin,
         "rollout": _rollout_json(state.rollout) if state.rollout is not None else None,
         "last": _ended_json(state.last) if state.last is not None else None,
+        "promotions": [_ended_json(one) for one in state.promotions],
         "rejected": {str(number): _rejection_json(one) for number, one in sorted(state.rejected.items())},
         "considered": state.considered,
         "policy": state.policy.to_json(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -52,6 +52,8 @@ class State:
     """The rollout under way."""
     last: Ended | None = None
     """How the last one ended."""
+    promotions: Sequence[Ended] = ()
+    """The latest ones that ended with their version in charge, oldest first: what there is to go back to."""
     rejected: Mapping[int, Rejection] = field(default_factory=dict[int, Rejection])
     """Versions that must not serve until they are approved by name."""
     considered: int = 0

@@ -21,6 +21,7 @@ STABLE = "stable"
 
 OUTCOMES = PROMOTED, REJECTED, ROLLED_BACK, REPLACED = "promoted", "rejected", "rolled back", "replaced"
 
+_MOST_PROMOTIONS = 8
 _MAX_REASON = 500
 """Characters of a reason that the state keeps."""
 
@@ -124,7 +125,21 @@ def complete(state: State, now: datetime) -> State:
     rollout = _under_way(state)
     if rollout.phase is not Phase.WATCH:
         raise RegistryError(f"version {rollout.version} is not in charge yet")
-    return replace(state, rollout=None, last=Ended(rollout.version, rollout.previous, PROMOTED, "", now))
+    ended = Ended(rollout.version, rollout.previous, PROMOTED, "", now)
+    return replace(state, rollout=None, last=ended, promotions=_with(state, ended))
+
+
+def _with(state: State, ended: Ended) -> tuple[Ended, ...]:
+    return (*state.promotions, ended)[-_MOST_PROMOTIONS:]
+
+
+def promotion(state: State) -> Ended | None:
+    """Returns how the version in charge came to be that; None if nobody knows."""
+    return _promotion(state, state.aliases.get(STABLE))
+
+
+def _promotion(state: State, version: int | None) -> Ended | None:
+    return next((ended for ended in reversed(state.promotions) if ended.version == version), None)
 
 
 def reject(state: State, version: int, gate: str, reason: str, now: datetime, actor: str) -> State:
@@ -172,8 +187,8 @@ def _predecessor(state: State, version: int) -> int | None:
     """Returns the version that was in charge before ``version`` came."""
     if state.rollout is not None and state.rollout.version == version:
         return state.rollout.previous
-    last = state.last
-    return last.previous if last is not None and (last.version, last.outcome) == (version, PROMOTED) else None
+    promoted = _promotion(state, version)
+    return promoted.previous if promoted is not None else None
 
 
 def _cut(reason: str) -> str:
@@ -250,7 +265,8 @@ def pin(state: State, version: int | None, now: datetime) -> State:
         return changed
     outcome = PROMOTED if rollout.phase is Phase.WATCH and rollout.version == number else REPLACED
     ended = Ended(rollout.version, rollout.previous, outcome, f"version {number} was pinned", now)
-    return replace(changed, rollout=None, last=ended)
+    promotions = _with(state, ended) if outcome == PROMOTED else state.promotions
+    return replace(changed, rollout=None, last=ended, promotions=promotions)
 
 
 def point(state: State, alias: str, version: int, now: datetime) -> State:

@@ -61,7 +61,7 @@ class Stage:
         """Returns once the candidate has its first share of the calls and has answered some, as the healthy do."""
         self.watched.wait_phase(Phase.STEP, 0, CANDIDATE)
         answers = self.load.record
-        wait_for(lambda: answers.versions()[CANDIDATE] >= 5, "the candidate's first answers", self.server.alive)
+        wait_for(lambda: answers.versions()[CANDIDATE] >= 40, "the candidate's first answers", self.server.alive)
 
 
 @contextmanager

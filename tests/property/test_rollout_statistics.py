@@ -10,14 +10,23 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.support.rollout_rates import FAULTS, STEP, WORLDS, detection, detections, healthy, interval
-from tests.support.simulated_rollouts import World
+from tests.support.rollout_rates import (
+    FAULTS,
+    SEEN_WITH_AS_MANY_CALLS,
+    STEP,
+    WORLDS,
+    detection,
+    detections,
+    healthy,
+    interval,
+)
 
 UNSTEADY = ("both fail 30% in a tenth of the time", "traffic, times and mix of classes wander")
 """Where a healthy version may be rolled back in its watch: nothing tells then whose fault the times are."""
 MEDIANS = {
     "5% of the calls fail": 130,
-    "twice the time": 60,
+    "twice the time, 20 ms": 60,
+    "twice the time, 1 ms, from 10 s on": 60,
     "a single class": 35,
     "NaN in 10% of the rows": 90,
 }
@@ -36,10 +45,18 @@ def test_a_healthy_rollout_ends_well(name: str) -> None:
     assert end is None or (name in UNSTEADY and end[0] != STEP), end
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", MEDIANS)
 def test_a_sick_candidate_is_found_out(name: str) -> None:
-    calls = [detection(World(fault=FAULTS[name]), seed).calls for seed in range(5)]
+    sick = FAULTS[name]
+    calls = [detection(sick.world(), sick.begins_s, seed).calls for seed in range(5)]
     assert np.median(calls) < MEDIANS[name]
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.01, False), (0.5, True)])
+def test_a_short_batch_that_takes_longer_from_the_start_is_found_with_as_many_calls(share: float, found: bool) -> None:
+    sick = FAULTS[SEEN_WITH_AS_MANY_CALLS]
+    ends = [detection(sick.world(share=share), sick.begins_s, seed) for seed in range(5)]
+    assert [math.isfinite(end.calls) for end in ends] == [found] * 5
 
 
 @pytest.mark.slow
@@ -54,7 +71,7 @@ def test_two_thousand_healthy_rollouts_end_well(pool: Executor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", MEDIANS)
 def test_three_hundred_sick_candidates_are_found_out(name: str, pool: Executor) -> None:
     found = [one.calls for one in detections(name, 1000.0, 0.01, 300, pool)]
     assert np.median(found) < MEDIANS[name]

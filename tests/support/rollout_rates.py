@@ -26,7 +26,6 @@ SHARES = (0.01, 0.1, 0.5)
 STEP_S = 20.0
 LOOKS = 4
 """After how many windows a healthy rollout is looked at."""
-BEGINS_S = (0.0, 2.0, 10.0)
 PLACES = ((1000.0, 0.01), (100.0, 0.01), (1000.0, 0.1), (1000.0, 0.5))
 LIMITS = ComparisonLimits()
 WORLDS = {
@@ -40,16 +39,41 @@ WORLDS = {
     "both fail 30% in a tenth of the time": World(slow_share=0.1, errors_when_slow=0.3),
     "few, rare classes": World(even=0.3, drift=0.3),
     "8 calls/s": World(calls_per_s=8, drift=0.5),
+    "a candidate with few calls takes 1.8 times as long": World(calls_per_s=400, median_s=0.001, cold=1.8),
+    "the same, wide spread of times, 2.2 times as long": World(
+        calls_per_s=400, median_s=0.002, cold=2.2, spread=0.6, together=2
+    ),
     "worse, within the limits: 0.1% errors, 1.2 times the time, 5% of the rows otherwise": World(
         fault=Fault(errors=0.001, slower=1.2, one_class=0.05)
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Sick:
+    """A candidate with a fault."""
+
+    fault: Fault
+    begins_s: Sequence[float] = (0.0, 2.0, 10.0)
+    """After how many seconds the fault begins, one as likely as another."""
+    median_s: float = 0.004
+    cold: float = 1.0
+
+    def world(self, calls_per_s: float = 1000.0, share: float = 0.01) -> World:
+        """Returns where it shows."""
+        return World(calls_per_s=calls_per_s, share=share, fault=self.fault, median_s=self.median_s, cold=self.cold)
+
+
 FAULTS = {
-    "5% of the calls fail": Fault(errors=0.05),
-    "twice the time": Fault(slower=2.0),
-    "a single class": Fault(one_class=1.0),
-    "NaN in 10% of the rows": Fault(non_finite=0.1),
+    "5% of the calls fail": Sick(Fault(errors=0.05)),
+    "twice the time, 20 ms": Sick(Fault(slower=2.0), median_s=0.02),
+    "twice the time, 1 ms, from 10 s on": Sick(Fault(slower=2.0), (10.0,), 0.001, 1.6),
+    "twice the time, 1 ms, from the start": Sick(Fault(slower=2.0), (0.0,), 0.001, 1.6),
+    "a single class": Sick(Fault(one_class=1.0)),
+    "NaN in 10% of the rows": Sick(Fault(non_finite=0.1)),
 }
+SEEN_WITH_AS_MANY_CALLS = "twice the time, 1 ms, from the start"
+"""What can't be told from an engine that has few calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +127,10 @@ def healthy(world: World, seed: int) -> tuple[str, Verdict] | None:
     return None
 
 
-def detection(world: World, seed: int) -> Detection:
-    """Returns when the fault of a world is found, which begins at once or after some good seconds."""
+def detection(world: World, begins_s: Sequence[float], seed: int) -> Detection:
+    """Returns when the fault of a world is found, which begins at one of some moments."""
     rng = np.random.default_rng(seed)
-    begin_s = float(rng.choice(BEGINS_S))
+    begin_s = float(rng.choice(begins_s))
     before = 0
     # Where the candidate gets few calls, a step takes longer to tell.
     seconds = max(60.0, 240 / (world.calls_per_s * world.share))
@@ -145,8 +169,8 @@ def _range(count: int, total: int) -> str:
 
 def detections(name: str, calls_per_s: float, share: float, count: int, pool: Executor) -> list[Detection]:
     """Returns when a fault was found in each of so many simulated steps."""
-    world = World(calls_per_s=calls_per_s, share=share, fault=FAULTS[name])
-    return list(pool.map(partial(detection, world), range(count)))
+    sick = FAULTS[name]
+    return list(pool.map(partial(detection, sick.world(calls_per_s, share), sick.begins_s), range(count)))
 
 
 def power_table(found: Mapping[tuple[str, float, float], Sequence[Detection]]) -> Iterator[str]:

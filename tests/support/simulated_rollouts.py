@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 _SECONDS = np.array([seconds_of(bucket) for bucket in range(BUCKETS)])
 _LOG_SECONDS = np.log(_SECONDS)
 CLASSES = 10
+_FEW, _SELDOM_PER_S = 0.4, 200.0
+"""A candidate with a smaller share of the calls, and fewer of them in a second, is cold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class World:
     slow_s: float = 2.0
     """How long such a time lasts on average."""
     slow_factor: float = 4.0
+    cold: float = 1.0
+    """How many times as long the candidate takes while it has far fewer calls than the stable version."""
     errors: float = 0.0
     """The share of the calls that fail, of either version."""
     errors_when_slow: float = 0.0
@@ -133,10 +137,11 @@ def _simulate(world: World, share: Floats, rng: np.random.Generator) -> tuple[_D
     failing = np.where(slow > 0, max(world.errors_when_slow, world.errors), world.errors)
     mix = _mixes(world, windows, rng)
     mine = rng.binomial(calls, share)
+    few = (share < _FEW) & (share * world.calls_per_s < _SELDOM_PER_S)
     good = replace(world, fault=Fault())
     return (
         _version(good, calls - mine, median, failing, mix, rng),
-        _version(world, mine, median, failing, mix, rng),
+        _version(world, mine, median + few * np.log(world.cold), failing, mix, rng),
     )
 
 

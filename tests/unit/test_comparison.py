@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def run(world: World, seed: int = 1, *, concurrent: bool = True, every: int = 2)
 FAULTS = {
     "errors": (Fault(errors=0.05), 250),
     "all errors": (Fault(errors=1.0), 30),
-    "slow": (Fault(slower=2.0), 60),
+    "slow": (Fault(slower=5.0), 60),
     "one class": (Fault(one_class=1.0), 40),
     "non-finite": (Fault(non_finite=0.1), 100),
 }
@@ -190,6 +191,48 @@ def batches(
     for _ in range(count):
         evidence.on_call(Outcome.ANSWERED, 0.005)
         evidence.on_batch(SIGNATURE, rows, engine_us, outputs)
+
+
+def beside_each_other(pair: Pair, windows: int, stable_us: int, candidate_us: int, candidate: int = 1) -> Verdict:
+    """Lets both have batches, the stable version 50 in a window; returns what is made of it then."""
+    for _ in range(windows):
+        batches(pair.stable, [], engine_us=stable_us, count=50)
+        batches(pair.candidate, [], engine_us=candidate_us, count=candidate)
+        pair.clock.now_s += 0.25
+    return pair.compare()
+
+
+def test_an_engine_that_is_idle_may_take_longer() -> None:
+    """As it does with caches that others have used meanwhile."""
+    pair = Pair()
+    assert beside_each_other(pair, 120, 1000, 2200).kind is VerdictKind.FINE
+    assert beside_each_other(pair, 120, 1000, 1200, candidate=50).kind is VerdictKind.FINE
+
+
+def test_an_engine_that_is_idle_and_takes_longer_than_it_did_is_found() -> None:
+    pair = Pair()
+    assert beside_each_other(pair, 120, 1000, 1700).kind is VerdictKind.FINE
+    verdict = beside_each_other(pair, 60, 1000, 3400)
+    assert verdict.kind is VerdictKind.WORSE
+    assert "ms are put down to its having few calls" in verdict.reason
+
+
+def test_an_engine_that_takes_far_longer_than_an_idle_one_may_is_found() -> None:
+    assert beside_each_other(Pair(), 60, 1000, 5000).kind is VerdictKind.WORSE
+    assert beside_each_other(Pair(), 60, 20_000, 40_000).kind is VerdictKind.WORSE
+
+
+def test_an_engine_that_takes_longer_and_has_as_many_batches_is_found() -> None:
+    assert beside_each_other(Pair(), 60, 1000, 2200, candidate=50).kind is VerdictKind.WORSE
+
+
+def test_the_reason_says_how_many_batches_it_is_about() -> None:
+    reason = beside_each_other(Pair(), 60, 20_000, 40_000, candidate=5).reason
+    assert re.fullmatch(
+        r"batches of the same size take 40\.7 ms in the median of \d+ in the last \S+ s, "
+        r"the stable version's 20\.3 ms \(4 ms are put down to its having few calls\)",
+        reason,
+    )
 
 
 def baseline(pair: Pair, windows: int = 60) -> EvidenceSnapshot:

@@ -221,11 +221,24 @@ class TestState:
             "pin",
             "rollout",
             "last",
+            "promotions",
             "rejected",
             "considered",
             "policy",
         }
         assert document["policy"] == {"strategy": ["canary"]}
+
+    def test_a_state_that_was_written_without_promotions_knows_the_last_one(self, registry: Registry) -> None:
+        registry.start_rollout(MODEL, 2, strategy=(Strategy.IMMEDIATE,))
+        _advance(registry)
+        state = registry.change(MODEL, partial(transitions.complete, now=datetime.now(UTC)), action="test")
+        assert [(ended.version, ended.previous) for ended in state.promotions] == [(2, 1)]
+        assert Registry(registry.root).state(MODEL) == state
+        path = registry.root / MODEL / "state.json"
+        document = json.loads(path.read_text())
+        del document["promotions"]
+        path.write_text(json.dumps(document))
+        assert Registry(registry.root).state(MODEL).promotions == state.promotions
 
     def test_a_state_of_before_rollouts_is_fine(self, registry: Registry) -> None:
         path = registry.root / MODEL / "state.json"

@@ -174,7 +174,7 @@ class TestAdvance:
         assert state.rollout.baseline == {"calls": 10_050, "failed": 201}
 
     def test_what_another_version_did_is_not_the_baseline(self) -> None:
-        state = t.advance(replace(_candidate(3, 2), last=PROMOTED), {"calls": 1000, "failed": 900})
+        state = t.advance(replace(_candidate(3, 2), promotions=(PROMOTED,)), {"calls": 1000, "failed": 900})
         put_back = reject(state, 2)
         assert put_back.rollout is not None
         assert (put_back.rollout.previous, put_back.rollout.baseline) == (1, {})
@@ -238,13 +238,13 @@ class TestReject:
         assert state == replace(_candidate(3, 2), rejected={1: BAD})
 
     def test_of_the_stable_version_after_its_rollout(self) -> None:
-        state = reject(_stable(2, last=PROMOTED), 2)
+        state = reject(_stable(2, promotions=(PROMOTED,)), 2)
         assert (state.aliases, state.last) == ({"stable": 1}, Ended(2, 1, "rolled back", "golden: off by 3", NOW))
 
     @pytest.mark.parametrize(
         "state",
         [
-            _stable(2, last=PROMOTED, rejected={1: BAD}),
+            _stable(2, promotions=(PROMOTED,), rejected={1: BAD}),
             _stable(2),
             _stable(2, last=Ended(3, 2, "rolled back", "", NOW)),
             _candidate(2, None, Phase.WATCH),
@@ -255,7 +255,7 @@ class TestReject:
         assert (rejected.aliases, rejected.rollout) == ({}, None)
 
     def test_the_stable_version_gives_way_to_its_own_predecessor_under_a_candidate(self) -> None:
-        state = reject(replace(_candidate(3, 2, Phase.STEP, 1), last=PROMOTED), 2)
+        state = reject(replace(_candidate(3, 2, Phase.STEP, 1), promotions=(PROMOTED,)), 2)
         assert state.aliases == {"stable": 1}
         assert state.rollout is not None
         assert (state.rollout.version, state.rollout.previous, state.rollout.phase) == (3, 1, Phase.STEP)
@@ -285,7 +285,7 @@ class TestRollback:
         assert state.rejected == {2: Rejection("rollback", "complaints", NOW, "someone")}
 
     def test_afterwards_it_puts_the_version_before_back(self) -> None:
-        state = rollback(_stable(2, last=PROMOTED))
+        state = rollback(_stable(2, promotions=(PROMOTED,)))
         assert state.aliases == {"stable": 1}
         assert state.rejected[2].gate == "rollback"
         assert t.candidate(state, [1, 2]) is None
@@ -295,15 +295,37 @@ class TestRollback:
         [
             (State(), "there is no version to go back to"),
             (_stable(2), "there is no version to go back to"),
-            (_stable(3, last=PROMOTED), "there is no version to go back to"),
+            (_stable(3, promotions=(PROMOTED,)), "there is no version to go back to"),
             (_stable(2, last=Ended(3, 2, "rolled back", "", NOW)), "there is no version to go back to"),
-            (_stable(2, last=PROMOTED, rejected={1: BAD}), "version 1, which was in charge before, was rejected"),
-            (_stable(2, last=PROMOTED, pin=2), "version 2 is pinned: pin another one instead"),
+            (
+                _stable(2, promotions=(PROMOTED,), rejected={1: BAD}),
+                "version 1, which was in charge before, was rejected",
+            ),
+            (_stable(2, promotions=(PROMOTED,), pin=2), "version 2 is pinned: pin another one instead"),
         ],
     )
     def test_into_the_unknown_is_refused(self, state: State, message: str) -> None:
         with pytest.raises(RegistryError, match=message):
             rollback(state)
+
+
+def test_after_a_candidate_that_failed_there_is_still_a_way_back() -> None:
+    state = t.complete(_candidate(2, 1, Phase.WATCH), NOW)
+    state = reject(start(state, 3), 3)
+    assert state.last is not None
+    assert (state.last.version, state.aliases) == (3, {"stable": 2})
+    assert rollback(state).aliases == {"stable": 1}
+
+
+def test_the_way_back_is_as_long_as_the_way_there() -> None:
+    state = _stable(1)
+    for version in (2, 3, 4):
+        state = t.complete(t.advance(start(state, version)), NOW)
+    for version in (3, 2, 1):
+        state = rollback(state)
+        assert state.aliases == {"stable": version}
+    with pytest.raises(RegistryError, match="there is no version to go back to"):
+        rollback(state)
 
 
 def test_pause_and_resume() -> None:

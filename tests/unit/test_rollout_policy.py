@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from modelport_registry import Ended, Phase, Rejection, Rollout, RolloutPolicy, Step, StepKind, Strategy, transitions
 from modelport_registry import State as Desired
-from modelport_registry.transitions import STABLE
+from modelport_registry.transitions import STABLE, promotion
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.lifecycle import COMING, LOADED, State
 from modelport_server.rollout.policy import (
@@ -85,7 +85,13 @@ IN_STEP = _desired(1, _rollout(2, 1, Phase.STEP))
 IN_WATCH = _desired(2, _rollout(2, 1, Phase.WATCH))
 PAUSED_WATCH = _desired(2, replace(_rollout(2, 1, Phase.WATCH), paused=True))
 WATCHED_S = RolloutPolicy().watch_s
-WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
+AFTER_A_BAD_ONE = _desired(
+    2,
+    promotions=(Ended(2, 1, "promoted", "", NOW),),
+    last=Ended(3, 2, "rolled back", "", NOW),
+    rejected={3: BAD},
+)
+WARM = _desired(2, promotions=(Ended(2, 1, "promoted", "", NOW),))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +145,11 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (_model({1: A, 2: A}, PAUSED_WATCH, serving=2, verdict=WORSE), Action(Verb.ROLL_BACK, 2)),
         (_model({1: T, 2: A}, IN_WATCH, serving=2), Action(Verb.LOAD, 1)),
         # the predecessor stays warm for a while
-        (_model({1: A, 2: A}, WARM, serving=2, ended_age_s=1.0), None),
-        (_model({1: A, 2: A}, WARM, serving=2, ended_age_s=RolloutPolicy().keep_warm_s), Action(Verb.DRAIN, 1)),
+        (_model({1: A, 2: A}, WARM, serving=2, promoted_age_s=1.0), None),
+        (_model({1: A, 2: A}, WARM, serving=2, promoted_age_s=RolloutPolicy().keep_warm_s), Action(Verb.DRAIN, 1)),
         (_model({1: A, 2: A}, WARM, serving=2), Action(Verb.DRAIN, 1)),
-        (_model({1: T, 2: A}, WARM, serving=2, ended_age_s=1.0), None),
+        (_model({1: T, 2: A}, WARM, serving=2, promoted_age_s=1.0), None),
+        (_model({1: A, 2: A, 3: R}, AFTER_A_BAD_ONE, serving=2, promoted_age_s=1.0), None),
         # what goes
         (_model({1: A, 2: A}, serving=2), Action(Verb.DRAIN, 1)),
         (_model({1: HELD, 2: A}, serving=2), None),
@@ -176,10 +183,10 @@ WARM = _desired(2, last=Ended(2, 1, "promoted", "", NOW))
         (
             _model(
                 {2: A, 3: A, 4: D},
-                _desired(3, _rollout(4, 3), last=Ended(3, 2, "promoted", "", NOW)),
+                _desired(3, _rollout(4, 3), promotions=(Ended(3, 2, "promoted", "", NOW),)),
                 3,
                 beside=1,
-                ended_age_s=1.0,
+                promoted_age_s=1.0,
             ),
             Action(Verb.DRAIN, 2),
         ),
@@ -232,7 +239,7 @@ def _snapshots(draw: st.DrawFn) -> ModelSnapshot:
         max_beside_stable=draw(st.integers(1, 3)),
         pinned_stream_limit_s=60.0,
         phase_age_s=draw(st.sampled_from([0.0, 1000.0])),
-        ended_age_s=draw(st.sampled_from([0.0, 1000.0])),
+        promoted_age_s=draw(st.sampled_from([0.0, 1000.0])),
         verdict=draw(st.sampled_from([None, WORSE, FINE, WAITING])),
     )
 
@@ -393,8 +400,8 @@ def test_every_state_leads_to_the_version_that_is_wanted(snapshot: ModelSnapshot
     if target is not None and target.state is not State.REJECTED and target.in_registry:
         assert end.serving == wanted
     kept = {end.serving, *aspired(end)}
-    if end.desired.last is not None and end.ended_age_s < RolloutPolicy().keep_warm_s:
-        kept.add(end.desired.last.previous)
+    if (promoted := promotion(end.desired)) is not None and end.promoted_age_s < RolloutPolicy().keep_warm_s:
+        kept.add(promoted.previous)
     assert all(n in kept for n, version in end.versions.items() if version.state in LOADED)
 
 

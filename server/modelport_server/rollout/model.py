@@ -97,7 +97,7 @@ class ModelRollout:
         self._decisions = Decisions(self._registry, name, changed)
         self._bake = Bake()
         self._versions: dict[int, Tracked] = {}
-        self._ended_at_s: dict[datetime, float] = {}
+        self._promoted_at_s: dict[datetime, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading: set[asyncio.Task[None]] = set()
         """Those of its tasks that nobody waits for when the server stops."""
@@ -149,9 +149,9 @@ class ModelRollout:
             tracked.in_registry = number in view.versions
             if not tracked.in_registry and tracked.state in (State.DISCOVERED, State.RETIRED, State.REJECTED):
                 del self._versions[number]
-        last = self.desired.last
-        if last is not None and last.at not in self._ended_at_s:  # one from before this server began is long over
-            self._ended_at_s = {last.at: float("-inf") if first else monotonic()}
+        seen_s = float("-inf") if first else monotonic()  # one from before this server began is long over
+        known = self._promoted_at_s
+        self._promoted_at_s = {ended.at: known.get(ended.at, seen_s) for ended in self.desired.promotions}
 
     def advance(self) -> None:
         """Does whatever there is to do."""
@@ -211,7 +211,7 @@ class ModelRollout:
 
     def _snapshot(self) -> ModelSnapshot:
         now = monotonic()
-        last = self.desired.last
+        promoted = transitions.promotion(self.desired)
         return ModelSnapshot(
             versions={n: tracked.snapshot(now) for n, tracked in self._versions.items()},
             desired=self.desired,
@@ -219,7 +219,7 @@ class ModelRollout:
             max_beside_stable=self._options.rollout.max_beside_stable,
             pinned_stream_limit_s=self._options.rollout.pinned_stream_limit_s,
             phase_age_s=self._bake.age_s,
-            ended_age_s=now - self._ended_at_s.get(last.at, now) if last is not None else float("inf"),
+            promoted_age_s=now - self._promoted_at_s[promoted.at] if promoted is not None else float("inf"),
             verdict=self._bake.verdict(self.desired),
             deciding=self._decisions.deciding,
             listing_is_current=self.desired.generation <= self._listed_generation,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from modelport_registry import Phase, Rollout, StepKind, transitions
 from modelport_registry import State as Desired
-from modelport_registry.transitions import STABLE
+from modelport_registry.transitions import STABLE, promotion
 from modelport_server.rollout.comparison import Verdict, VerdictKind
 from modelport_server.rollout.lifecycle import COMING, LOADED, State
 
@@ -99,8 +99,8 @@ class ModelSnapshot:
     pinned_stream_limit_s: float
     phase_age_s: float = 0.0
     """How long this server has seen the rollout in its present phase and step, pauses left out, in seconds."""
-    ended_age_s: float = float("inf")
-    """How long ago this server saw the last rollout end, in seconds."""
+    promoted_age_s: float = float("inf")
+    """How long ago this server saw the rollout of the version in charge end, in seconds."""
     verdict: Verdict | None = None
     """How the candidate does beside the stable version; None where nothing is compared."""
     deciding: bool = False
@@ -209,12 +209,12 @@ def aspired(snapshot: ModelSnapshot) -> list[int]:
 
 def _kept_warm(snapshot: ModelSnapshot) -> int | None:
     """Returns the version that stays loaded for a while after its successor has proved itself."""
-    desired, last = snapshot.desired, snapshot.desired.last
-    if last is None or last.version != desired.aliases.get(STABLE) or last.previous in desired.rejected:
+    desired, promoted = snapshot.desired, promotion(snapshot.desired)
+    if promoted is None or promoted.previous in desired.rejected:
         return None
-    if snapshot.ended_age_s >= desired.policy.keep_warm_s:
+    if snapshot.promoted_age_s >= desired.policy.keep_warm_s:
         return None
-    return last.previous
+    return promoted.previous
 
 
 def _let_go(snapshot: ModelSnapshot) -> Action | None:

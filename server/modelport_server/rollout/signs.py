@@ -49,7 +49,18 @@ _PROOF = 0.05
 _SURE_OF_SIZE = math.log(3)
 _QUANTILES = (0.3, 0.55, 0.8)
 _TIME_FLOOR_S = 0.0005
-"""A difference that nobody notices; an engine with little to do is a little slower for that."""
+"""A difference that nobody notices."""
+_IDLE_S = 0.005
+"""An engine that is idle for so long between batches finds its caches cold."""
+_MORE_OFTEN = 1.5
+"""Another one that has so many times as many batches finds them warm oftener."""
+_COLD_RATIO = 2.5
+"""How many times as long a cold engine takes at most."""
+_COLD_S = 0.004
+"""And how much longer: by then the caches are filled again."""
+_FIRST_TIMES = 16
+_FIRST_S = 4.0
+"""How many of the candidate's first times say what a cold engine takes, in how many seconds at least."""
 _MAX_NON_FINITE = 0.002
 LEAST_STABLE = 30
 """Fewer calls or batches of the stable version say nothing about what is usual."""
@@ -107,6 +118,14 @@ class View:
     level: int
     """How long the windows are in which they are compared."""
 
+    colder: bool = False
+    """Whether the candidate's engine is idle between batches, and more so than the stable version's."""
+
+    @property
+    def length_s(self) -> float:
+        """How long a window is, in seconds."""
+        return WINDOW_S * 2.0**self.level
+
     def pair(self, stable: Counts, candidate: Counts, columns: slice) -> tuple[Whole, Floats, Floats]:
         """Returns the windows in which both did something, and each one's counts."""
         before, now = stable.at(self.level), candidate.at(self.level)
@@ -122,8 +141,7 @@ class View:
     def ago(self, window: int) -> str:
         """Returns since when something has been so, for people."""
         last = self.candidate.calls.at(self.level).windows
-        length_s = WINDOW_S * 2.0**self.level
-        seconds = (int(last[-1]) - window + 1) * length_s if len(last) else length_s
+        seconds = (int(last[-1]) - window + 1) * self.length_s if len(last) else self.length_s
         return f"in the last {seconds:.3g} s"
 
 
@@ -137,10 +155,22 @@ def view(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, *, concurrent: b
         *(output.counts.level for one in counts for output in one.outputs.values()),
     )
     together = concurrent or _end_s(stable.calls) > _begin_s(candidate.calls) + 1.0
-    found = View(stable, candidate, together, level)
+    found = View(stable, candidate, together, level, _colder(stable, candidate))
     while together and found.level < _MAX_LEVEL and _sparse(found):
-        found = View(stable, candidate, together, found.level + 1)
+        found = replace(found, level=found.level + 1)
     return found
+
+
+def _colder(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> bool:
+    now = _batches_per_s(candidate)
+    return now * _IDLE_S < 1 and _batches_per_s(stable) > _MORE_OFTEN * now
+
+
+def _batches_per_s(seen: EvidenceSnapshot) -> float:
+    """Returns how many batches there were in a second, of those in which calls ended."""
+    windows = len(seen.calls.windows)
+    batches = sum(int(counts.totals.sum()) for counts in seen.engine.values())
+    return batches / (windows * WINDOW_S * 2.0**seen.calls.level) if windows else math.inf
 
 
 def _begin_s(counts: Counts) -> float:
@@ -240,18 +270,55 @@ def engine_time(one: View, ratio: float) -> Sign:
 
 def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: float) -> Sign:
     pairs = [times for times in pairs if times.stable.sum() >= LEAST_STABLE]
+    cold_ratio = 1.0
+    if one.colder:
+        pairs, cold_ratio = _without_first(pairs, one.length_s)
     if not pairs:
         return Sign(name)
     windows = np.unique(np.concatenate([times.windows for times in pairs]))
-    proof, size = (since(bets) for bets in _time_bets(windows, pairs, ratio))
+    proof, size = (since(bets) for bets in _time_bets(windows, pairs, ratio, cold_ratio))
     first = int(windows[proof.first])
     tails = [times.since(first) for times in pairs]
-    slow, of = (sum(counts) for counts in zip(*(_beyond(times, ratio) for times in tails), strict=True))
+    slow, of = (sum(counts) for counts in zip(*(_beyond(times, ratio, cold_ratio) for times in tails), strict=True))
     enough = len(windows) - proof.first >= _LEAST_TIME_WINDOWS
     real = enough and size.log_e >= _SURE_OF_SIZE and slow > of / 2
     most = max(tails, key=lambda times: float(times.candidate.sum()))
     medians = (_median(most.seconds, most.stable), _median(most.seconds, most.candidate))
-    return _slow_sign(name, what, proof.log_e, real, medians, one.ago(first))
+    return _slow_sign(name, what, proof.log_e, real, medians, f"of {of:.0f} {one.ago(first)}", cold_ratio)
+
+
+def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times], float]:
+    """Takes the windows of the candidate's first times out; returns the others, and how much longer the first were.
+
+    The gates have measured the candidate beside the stable version when both were warm. So what its first
+    batches take more is put down to its having been idle, as far as that can be the reason.
+
+    Returns:
+        What is left, nothing where there were too few times, and how many times as long the first were in the median.
+    """
+    numbers = np.concatenate([times.windows for times in pairs]) if pairs else np.zeros(0, np.int64)
+    counts = np.concatenate([times.candidate.sum(axis=1) for times in pairs]) if pairs else np.zeros(0)
+    windows, place = np.unique(numbers, return_inverse=True)
+    below = np.bincount(place, counts, len(windows)).cumsum()
+    last = max(int(np.searchsorted(below, _FIRST_TIMES)), math.ceil(_FIRST_S / length_s) - 1)
+    if last >= len(windows):
+        return [], 1.0
+    ratios: list[Floats] = []
+    weights: list[Floats] = []
+    for times in pairs:
+        ratios.append(times.seconds / _median(times.seconds, times.stable))
+        weights.append(times.candidate[times.windows <= windows[last]].sum(axis=0))
+    all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
+    order = all_ratios.argsort()
+    middle = int(np.searchsorted(all_weights[order].cumsum(), float(all_weights.sum()) / 2))
+    rest = [times.since(int(windows[last]) + 1) for times in pairs]
+    rest = [times for times in rest if times.stable.sum() and times.candidate.sum()]
+    return rest, min(max(1.0, float(all_ratios[order[middle]])), _COLD_RATIO)
+
+
+def _warmed(seconds: Floats, cold_ratio: float) -> Floats:
+    """Returns what times would be if the engine had not been idle before."""
+    return np.maximum(seconds / cold_ratio, seconds - _COLD_S) if cold_ratio > 1 else seconds
 
 
 def _median(seconds: Floats, counts: Floats) -> float:
@@ -259,17 +326,23 @@ def _median(seconds: Floats, counts: Floats) -> float:
     return float(seconds[np.searchsorted(below, below[-1] / 2)]) if below[-1] else 0.0
 
 
-def _beyond(times: Times, ratio: float) -> tuple[float, float]:
+def _beyond(times: Times, ratio: float, cold_ratio: float) -> tuple[float, float]:
     """Returns how many of the candidate's times are beyond the limits, and of how many."""
     limit_s = _limit(_median(times.seconds, times.stable), ratio)
     counts = times.candidate.sum(axis=0)
-    return float(counts[times.seconds > limit_s].sum()), float(counts.sum())
+    return float(counts[_warmed(times.seconds, cold_ratio) > limit_s].sum()), float(counts.sum())
 
 
-def _slow_sign(name: str, what: str, log_e: float, real: bool, medians: Sequence[float], when: str) -> Sign:
+def _slow_sign(
+    name: str, what: str, log_e: float, real: bool, medians: Sequence[float], of: str, cold_ratio: float
+) -> Sign:
     before, now = (seconds * 1e3 for seconds in medians)
-    reason = f"{what} {now:.3g} ms in the median {when}, the stable version's {before:.3g} ms"
+    reason = f"{what} {now:.3g} ms in the median {of}, the stable version's {before:.3g} ms"
     figures: dict[str, JSON] = {"stable_p50_ms": round(before, 3), "candidate_p50_ms": round(now, 3)}
+    if cold_ratio > 1:
+        cold_ms = now - float(_warmed(np.array([now / 1e3]), cold_ratio)[0]) * 1e3
+        reason += f" ({cold_ms:.2g} ms are put down to its having few calls)"
+        figures["cold_ratio"] = round(cold_ratio, 3)
     return Sign(name, log_e, real, reason, figures)
 
 
@@ -277,21 +350,29 @@ def _limit(seconds: float, ratio: float) -> float:
     return max(ratio * seconds, seconds + _TIME_FLOOR_S)
 
 
-def _time_bets(windows: Whole, pairs: Sequence[Times], ratio: float) -> tuple[Floats, Floats]:
+def _time_bets(windows: Whole, pairs: Sequence[Times], ratio: float, cold_ratio: float) -> tuple[Floats, Floats]:
     """Returns the bets, by window, that times are no longer at all, and that they are within the limits."""
     rows = len(_QUANTILES) * len(ODDS)
     proof, size = np.zeros((rows, len(windows))), np.zeros((rows, len(windows)))
     for times in pairs:
         place = np.searchsorted(windows, times.windows)
         below = (times.stable.cumsum(axis=1), times.candidate.cumsum(axis=1))
-        proof[:, place] += _order_bets(*below, _shifted(times.seconds, math.sqrt(ratio), _TIME_FLOOR_S / 2))
-        size[:, place] += _order_bets(*below, _shifted(times.seconds, ratio, _TIME_FLOOR_S))
+        warm = _warmed(times.seconds, cold_ratio)
+        proof[:, place] += _order_bets(*below, _shifted(times.seconds, warm, math.sqrt(ratio), _TIME_FLOOR_S / 2))
+        size[:, place] += _order_bets(*below, _shifted(times.seconds, warm, ratio, _TIME_FLOOR_S))
     return proof, size
 
 
-def _shifted(seconds: Floats, ratio: float, floor_s: float) -> NDArray[np.intp]:
-    """Returns up to which column times lie that are no longer than each column's once they are shortened."""
-    shorter = np.maximum(np.minimum(seconds / ratio, seconds - floor_s), seconds[0])
+def _shifted(seconds: Floats, warm: Floats, ratio: float, floor_s: float) -> NDArray[np.intp]:
+    """Returns up to which column times lie that are no longer than each column's once they are shortened.
+
+    Args:
+        seconds: the times of the columns.
+        warm: the same, as ``_warmed`` returns them.
+        ratio: they are shortened to one part in so many.
+        floor_s: they are shortened by so many seconds at least.
+    """
+    shorter = np.maximum(np.minimum(warm / ratio, warm - floor_s), seconds[0])
     buckets = (np.log2(shorter / seconds[0]) * BUCKETS_PER_OCTAVE + 0.5).astype(np.int64)
     return np.searchsorted(buckets, np.arange(len(seconds)), side="right") - 1
 
@@ -317,13 +398,15 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
     hits: dict[int, float] = {}
     of: dict[int, float] = {}
     most, medians = 0, (0.0, 0.0)
+    cold_ratio = _COLD_RATIO if one.colder else 1.0
     for key in keys:
         totals = one.stable.engine[key].totals
         if totals.sum() < LEAST_STABLE:
             continue
         before = quantile(totals, 0.5)
         counts = one.candidate.engine[key].at(one.level)
-        over = counts.counts[:, _limit(before, ratio * _LONE_SLACK) < _SECONDS].sum(axis=1).tolist()
+        warm = _warmed(_SECONDS, cold_ratio)
+        over = counts.counts[:, _limit(before, ratio * _LONE_SLACK) < warm].sum(axis=1).tolist()
         for window, slow, all_of in zip(counts.windows.tolist(), over, counts.counts.sum(axis=1).tolist(), strict=True):
             hits[window] = hits.get(window, 0.0) + slow
             of[window] = of.get(window, 0.0) + all_of
@@ -338,7 +421,8 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
     enough = len(windows) - found.first >= _LEAST_LONE_TIME_WINDOWS
     real = bool(enough and slow[found.first :].sum() > batches[found.first :].sum() / 2)
     what = "batches of the same size take"
-    return _slow_sign("engine", what, found.log_e, real, medians, one.ago(windows[found.first]))
+    of_them = f"of {batches[found.first :].sum():.0f} {one.ago(windows[found.first])}"
+    return _slow_sign("engine", what, found.log_e, real, medians, of_them, cold_ratio)
 
 
 def outputs(one: View, max_shift: float) -> list[Sign]:
