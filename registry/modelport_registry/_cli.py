@@ -153,6 +153,11 @@ def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False)
     """
     from modelport_registry import Registry
 
+    if not registry.is_dir():
+        raise RegistryError(
+            f"there is no {registry.absolute()}; name the registry with --registry, or publish: "
+            "modelport publish NAME FOLDER"
+        )
     store = Registry(registry)
     found: dict[str, tuple[list[int], Mapping[str, int]]] = {}
     for name in store.models():
@@ -163,7 +168,7 @@ def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False)
         print_json({"models": rows})
         return
     if not found:
-        what = f"no models in {registry.absolute()}" if registry.is_dir() else f"there is no {registry.absolute()}"
+        what = f"no models in {registry.absolute()}"
         _diagnose(f"{what}; name the registry with --registry, or publish: modelport publish NAME FOLDER")
         return
     from modelport.cli_output import Column, print_table
@@ -289,7 +294,7 @@ def check(
 def alias(
     context: typer.Context,
     model: ModelArgument,
-    alias: Annotated[str, typer.Argument(help="The alias, for example stable.")],
+    alias: Annotated[str | None, typer.Argument(help="The alias, for example stable.")] = None,
     version: Annotated[
         str | None, typer.Argument(help="The version to point it at: a number, or another alias.")
     ] = None,
@@ -318,6 +323,8 @@ def alias(
         modelport alias mnist stable 3 --server 10.0.0.7:8500
     """
     check_one_place(context, server)
+    if alias is None:
+        raise RegistryError(f"name an alias, as in: modelport alias {model} stable; modelport models shows all of them")
     if delete and version is not None:
         raise RegistryError("give a version or --delete, not both")
     if server is not None:
@@ -331,7 +338,10 @@ def alias(
     elif number is None:
         _print(f"{model} has no alias {alias} any more")
     else:
-        _print(f"{model} {alias} is version {number}{', pinned' if alias == 'stable' and pin is not None else ''}")
+        pinned = alias == STABLE and pin is not None
+        _print(f"{model} {alias} is version {number}{', pinned' if pinned else ''}")
+        if pinned and version is not None:
+            _diagnose(f"later versions wait until the pin is off: modelport pin {model} --remove")
 
 
 def _stored_alias(

@@ -166,8 +166,9 @@ def _read_stored(path: Path) -> list[Golden]:
 def _read_own(path: Path) -> list[Golden]:
     groups: dict[str, dict[str, dict[str, Array]]] = {}
     try:
-        if not zipfile.is_zipfile(path):  # numpy would read a lone .npy as well
-            raise zipfile.BadZipFile
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):  # numpy would read a lone .npy as well
+                raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as archive:
             for key in archive.files:
                 match = _NPZ_KEY.fullmatch(key)

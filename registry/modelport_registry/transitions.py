@@ -21,6 +21,7 @@ STABLE = "stable"
 
 OUTCOMES = PROMOTED, REJECTED, ROLLED_BACK, REPLACED = "promoted", "rejected", "rolled back", "replaced"
 
+_BY_HAND = "rollback"
 _MOST_PROMOTIONS = 8
 _MAX_REASON = 500
 """Characters of a reason that the state keeps."""
@@ -158,7 +159,8 @@ def reject(state: State, version: int, gate: str, reason: str, now: datetime, ac
         return changed
     outcome = REJECTED if mine is not None and mine.phase is Phase.GATES else ROLLED_BACK
     previous = _predecessor(state, version)
-    ended = Ended(version, previous, outcome, _cut(f"{gate}: {reason}"), now)
+    why = reason if gate == _BY_HAND else _cut(f"{gate}: {reason}")
+    ended = Ended(version, previous, outcome, why, now)
     changed = replace(changed, rollout=None if mine is not None else state.rollout, last=ended)
     return _put_back(changed, version, previous) if in_charge else changed
 
@@ -198,13 +200,13 @@ def _cut(reason: str) -> str:
 
 def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
     """Ends the rollout under way and rejects its candidate; without one, puts the stable version's predecessor back."""
-    reason = reason or "somebody asked for it"
+    reason = reason or f"{actor} asked for it"
     if state.rollout is not None and state.rollout.phase is Phase.WATCH and state.rollout.previous is None:
         raise RegistryError(
             f"version {state.rollout.version} is the first in charge: there is none to go back to; publish another"
         )
     if state.rollout is not None:
-        return reject(state, state.rollout.version, "rollback", reason, now, actor)
+        return reject(state, state.rollout.version, _BY_HAND, reason, now, actor)
     if state.pin is not None:
         raise RegistryError(f"version {state.pin} is pinned: pin another one instead, with modelport pin")
     stable = state.aliases.get(STABLE)
@@ -218,7 +220,7 @@ def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
         raise RegistryError(
             f"version {previous}, which was in charge before, was rejected: choose another with modelport pin"
         )
-    return reject(state, stable, "rollback", reason, now, actor)
+    return reject(state, stable, _BY_HAND, reason, now, actor)
 
 
 def pause(state: State) -> State:

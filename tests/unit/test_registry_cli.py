@@ -130,7 +130,7 @@ def test_the_golden_examples_of_a_version_are_published_again(run: Run, registry
         (["--metric", "accuracy=high"], "give a number"),
         (["--metric", "accuracy=nan"], "finite"),
         (["--param", "=1"], "is not NAME=VALUE"),
-        (["--golden", "nowhere.npz"], "not a readable .npz"),
+        (["--golden", "nowhere.npz"], "there is no file"),
         (["--golden", "pickled.npz"], "not a readable .npz"),
         (["--golden", "array.npy"], "not a readable .npz"),
         (["--golden", "misnamed.npz"], "has an array 'x': call it inputs/NAME"),

@@ -148,7 +148,7 @@ def _too_little(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, limits: C
     if 0 < stable.ended < least:
         return f"{stable.ended} of the {least} calls of the stable version that it takes to tell"
     if candidate.calls.level == 0 and len(candidate.calls.windows) < _LEAST_WINDOWS:
-        return "its calls came all at once"
+        return f"all of its {candidate.ended} calls came within a second: it takes some that come later"
     return ""
 
 

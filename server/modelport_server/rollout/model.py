@@ -102,7 +102,7 @@ class ModelRollout:
         self._loading: set[asyncio.Task[None]] = set()
         """Those of its tasks that nobody waits for when the server stops."""
         self._warned: set[str] = set()
-        self._logged = ""
+        self._logged = self._told = ""
         self._listed_generation = 0
         board.rollouts[name] = self.status
 
@@ -189,7 +189,7 @@ class ModelRollout:
         text = reporting.progress_text(self.desired)
         if text != self._logged:
             self._logged = text
-            if text:
+            if text and text != self._told:
                 _log.info("%s%s", self._name, text)
 
     def _available(self) -> dict[int, Servable]:
@@ -219,7 +219,7 @@ class ModelRollout:
             max_beside_stable=self._options.rollout.max_beside_stable,
             pinned_stream_limit_s=self._options.rollout.pinned_stream_limit_s,
             phase_age_s=self._bake.age_s,
-            promoted_age_s=now - self._promoted_at_s[promoted.at] if promoted is not None else float("inf"),
+            promoted_age_s=now - self._promoted_at_s.get(promoted.at, now) if promoted is not None else float("inf"),
             verdict=self._bake.verdict(self.desired),
             deciding=self._decisions.deciding,
             listing_is_current=self.desired.generation <= self._listed_generation,
@@ -491,6 +491,7 @@ class ModelRollout:
         tracked.accused = True
         tracked.hold.close()
         _log.error("%s@%d: rejected: %s", self._name, number, tracked.reason)
+        self._told = f"@{number}: {transitions.REJECTED}: {tracked.reason}"
         now, actor = datetime.now(UTC), self._options.actor
         reject = partial(transitions.reject, version=number, gate=gate, reason=reason, now=now, actor=actor)
         gates: list[JSON] = [result.to_json() for result in tracked.gates]

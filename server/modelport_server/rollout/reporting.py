@@ -38,7 +38,7 @@ def progress_text(desired: Desired) -> str:
     step = rollout.current
     where = {Phase.GATES: "candidate, in the gates", Phase.WATCH: "in charge, and watched"}.get(rollout.phase, "")
     if step is not None:
-        where = f"step {rollout.step + 1} of {len(rollout.steps)}, {step.kind.value} of {step.share:.4g}"
+        where = f"step {rollout.step + 1} of {len(rollout.steps)}, {step.kind.value} of {100 * step.share:.4g}%"
     return f"@{rollout.version}: {where}{', paused' if rollout.paused else ''}"
 
 
