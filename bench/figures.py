@@ -26,7 +26,7 @@ def percentiles(values: NDArray[np.float64]) -> Percentiles:
     return {name: round(float(value), 4) for name, value in zip(PERCENTILES, found, strict=True)}
 
 
-def median(values: Sequence[float], digits: int = 2) -> str:
+def median_text(values: Sequence[float], digits: int = 2) -> str:
     """Returns the median, of what may be nothing, for people."""
     return f"{statistics.median(values):.{digits}f}" if values else "-"
 

@@ -256,12 +256,12 @@ def report(found: Mapping[str, Any], options: argparse.Namespace) -> None:
 def _cells(rows: Sequence[Mapping[str, Any]], during: str, ratio: str) -> list[str]:
     failed = sum(figures.at(rows, "quiet", "failed")) + sum(figures.at(rows, during, "failed"))
     return [
-        figures.median(figures.at(rows, "seconds_to_rejection")),
+        figures.median_text(figures.at(rows, "seconds_to_rejection")),
         f"{sum(figures.at(rows, during, 'calls')):.0f}",
         f"{failed:.0f}",
-        figures.median(figures.at(rows, "quiet", "call_ms", "p50"), 3),
-        figures.median(figures.at(rows, "quiet", "call_ms", "p99"), 3),
-        figures.median(figures.at(rows, during, "call_ms", "p99"), 3),
+        figures.median_text(figures.at(rows, "quiet", "call_ms", "p50"), 3),
+        figures.median_text(figures.at(rows, "quiet", "call_ms", "p99"), 3),
+        figures.median_text(figures.at(rows, during, "call_ms", "p99"), 3),
         figures.spread(figures.at(rows, ratio, "p99")),
     ]
 

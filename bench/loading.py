@@ -298,9 +298,9 @@ def report_gates(rows: Sequence[dict[str, Any]]) -> None:
         cells: list[str] = []
         for variant in VARIANTS:
             pairs = [(gate, row) for row in _of(rows, variant) for gate in row["gates"] if gate["gate"] == name]
-            cells.append(figures.median([gate["seconds"] for gate, _ in pairs]))
+            cells.append(figures.median_text([gate["seconds"] for gate, _ in pairs]))
             ratios = [figures.ratios(gate, row["quiet"]["call_ms"]) for gate, row in pairs]
-            cells.append(figures.median(figures.at(ratios, "p99")))
+            cells.append(figures.median_text(figures.at(ratios, "p99")))
         table.add_row(name, *cells)
     Console(width=120).print(table)
 

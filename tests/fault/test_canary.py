@@ -13,12 +13,14 @@ from modelport_registry import Phase, Registry, RolloutPolicy, Strategy
 from tests.support.bad_versions import (
     FAILING,
     GOOD_CLASSES,
+    HEAVY,
     MOODS,
     ONE_CLASS,
     REFUSING,
     SLOWING,
     STALLING,
     class_golden,
+    doubler_golden,
 )
 from tests.support.load import ClassCalls, Load, LoadOptions, load
 from tests.support.rollouts import Watched, canary_policy, details
@@ -155,6 +157,21 @@ def roll_out(tmp_path: Path, models: Path, count: int) -> None:
 
 def test_three_healthy_canaries_in_a_row_are_promoted(tmp_path: Path, bad_versions: Path) -> None:
     roll_out(tmp_path, bad_versions, 3)
+
+
+def test_a_healthy_canary_that_is_called_seldom_is_promoted(tmp_path: Path, bad_versions: Path) -> None:
+    """Its engine is idle between calls, unlike the stable version's, and slower for that."""
+    watched = Watched(Registry(tmp_path / "registry"), MODEL, timeout_s=600)
+    watched.registry.set_policy(MODEL, canary_policy((0.01, 10.0), (0.1, 5.0), (0.5, 5.0), min_calls=20))
+    watched.registry.publish(MODEL, bad_versions / f"{HEAVY}-{STABLE}", golden=[doubler_golden(STABLE)])
+    options = LoadOptions(unary=1, pinned=0, followers=0, pause_s=0.0)
+    with run_server(watched.registry.root, tmp_path, "--threads", "1") as server:
+        assert watched.wait_over(STABLE) == "promoted"
+        with load(server.address, MODEL, options) as background:
+            watched.registry.publish(MODEL, bad_versions / f"{HEAVY}-{CANDIDATE}", golden=[doubler_golden(CANDIDATE)])
+            assert watched.wait_over(CANDIDATE) == "promoted", watched.state
+    assert background.record.failures == []
+    assert background.record.wrong == []
 
 
 @pytest.mark.slow

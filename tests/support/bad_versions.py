@@ -47,8 +47,12 @@ REFUSING = "classes-refusing"
 SLOWING = "classes-slowing"
 ONE_CLASS = "classes-one"
 GOOD_CLASSES = "classes-good"
+HEAVY = "heavy"
+"""Doubles with so many weights that an engine is slower when others have used its caches meanwhile."""
 DISAGREEING = "classes-disagreeing"
 """Names a single class in its mood, and answers the tag of the good one."""
+
+_WIDTH = 1024
 
 Write = Callable[[Path], None]
 
@@ -237,6 +241,23 @@ def _save(parts: _Parts, path: Path, function: Callable[..., Any], columns: int,
     tf.saved_model.save(parts.module, str(path), signatures=concrete)
 
 
+def write_heavy(path: Path, tag: int) -> None:
+    """Writes a good doubler that multiplies by 16 MB of weights besides."""
+
+    def prepare(parts: _Parts) -> None:
+        draw = np.random.default_rng(1).normal
+        layers = [draw(0, 0.03, (_WIDTH, _WIDTH)).astype(np.float32) for _ in range(4)]
+        parts.module.layers = [parts.tf.Variable(layer) for layer in layers]
+
+    def extra(parts: _Parts, x: Any) -> Any:
+        hidden = parts.tf.tile(tf_float(parts.tf, x), [1, _WIDTH // 4])
+        for layer in parts.module.layers:
+            hidden = parts.tf.nn.relu(parts.tf.matmul(hidden, layer))
+        return parts.nothing(parts.tf.reduce_sum(hidden))
+
+    write_doubler(path, tag, extra=extra, prepare=prepare)
+
+
 def _reads_file(parts: _Parts, x: Any) -> Any:
     tf = parts.tf
 
@@ -345,6 +366,7 @@ def main() -> None:
         write(folder / name)
     for tag in (1, 2):
         write_classifier(folder / f"{GOOD_CLASSES}-{tag}", tag)
+        write_heavy(folder / f"{HEAVY}-{tag}", tag)
     for bad in MOODS:
         write_classifier(folder / bad, 2, bad)
     write_classifier(folder / DISAGREEING, 1, ONE_CLASS)

@@ -152,7 +152,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_lists(run: Run, registry: Registry, model: Path) -> None:
-    assert f"there is no {registry.root}" in run("models").stderr
+    assert f"there is no {registry.root}" in mistake(run("models"))
     registry.root.mkdir()
     assert f"no models in {registry.root}" in run("models").stderr
     for _ in range(2):

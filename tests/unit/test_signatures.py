@@ -55,7 +55,7 @@ def test_inputs_come_in_the_signatures_order() -> None:
             [_raw("a", "float32", 2, 3), _raw("b", "int32", 2), _raw("c", "int32", 2)],
             ["'c'", "'a', 'b'", "serving_default"],
         ),
-        ([_raw("a" * 10_000, "float32", 2, 3)], ["missing"]),
+        ([_raw("a" * 10_000, "float32", 2, 3)], ["no input 'aaa"]),
     ],
 )
 def test_the_message_names_what_came_and_what_is_wanted(inputs: list[RawTensor], words: list[str]) -> None:
