@@ -45,7 +45,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     if not values:
         return "-"
     low, high = min(values), max(values)
-    return f"{median(values, digits)}  ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{median_text(values, digits)}  ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def at(rows: Sequence[Any], *path: str) -> list[float]:

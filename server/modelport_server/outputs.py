@@ -76,6 +76,8 @@ class Compared:
     """For each output of the answer, how many rows were compared, and how many of them are alike."""
     categories: Mapping[str, Sequence[int]]
     """The categories of each output's rows, see ``categories``; nothing where nobody asked for them."""
+    answer_categories: Mapping[str, Sequence[int]]
+    """The same of the answer that the call got."""
 
 
 def agreeing_rows(left: RawTensor, right: RawTensor | None) -> tuple[int, int]:

@@ -298,7 +298,7 @@ class Servable:
 
         Args:
             call: it; its future has the answer.
-            look: whether to find the categories of the outputs' rows.
+            look: whether to find the categories of the rows of both versions' outputs.
 
         Raises:
             InvalidCallError: if the call is not one for this version.

@@ -78,10 +78,12 @@ def _answered(classes: NDArray[np.int64], said: NDArray[np.int64] | None = None,
 async def test_the_engine_compares(servable: Servable) -> None:
     found = await servable.compare(_answered(np.array([3, 1, 4])), look=True)
     assert found.agreeing == {"scores": (3, 3), "version": (3, 3)}
-    assert found.categories == {"scores": [3, 1, 4], "version": []}
+    assert found.categories == found.answer_categories == {"scores": [3, 1, 4], "version": []}
     assert found.engine_time_us > 0
     other = await servable.compare(_answered(np.array([3, 1, 4]), np.array([3, 9, 4])), look=False)
     assert (other.agreeing, other.categories) == ({"scores": (3, 2), "version": (3, 3)}, {})
+    seen = await servable.compare(_answered(np.array([3, 1, 4]), np.array([3, 9, 4])), look=True)
+    assert (seen.categories["scores"], seen.answer_categories["scores"]) == ([3, 1, 4], [3, 9, 4])
 
 
 async def test_an_output_that_is_not_there_agrees_in_nothing(servable: Servable) -> None:
@@ -100,7 +102,7 @@ async def test_a_large_call_is_compared_in_the_rows_of_one_batch(servable: Serva
 async def test_what_is_not_for_it_is_not_run(servable: Servable) -> None:
     call = _answered(np.array([1]))
     call.inputs = (replace(call.inputs[0], name="z"),)
-    with pytest.raises(InvalidCallError, match="'x' of signature 'serving_default' is missing"):
+    with pytest.raises(InvalidCallError, match="has no input 'z'; its inputs are 'x'"):
         await servable.compare(call, look=False)
     other = _answered(np.array([1]))
     other.signature = "other"

@@ -126,9 +126,13 @@ def _call(signature: str = "serving_default", input_bytes: int = 0) -> Call:
     return Call(signature, (signature,), inputs, 1, splittable=False, future=future)
 
 
-def _shadow(candidate: Candidate, share: float = 1.0, machine: Machine | None = None) -> tuple[Shadow, Evidence]:
+def _shadow(
+    candidate: Candidate, share: float = 1.0, machine: Machine | None = None, stable: Evidence | None = None
+) -> tuple[Shadow, Evidence]:
     evidence = Evidence()
-    shadow = Shadow(cast("Any", candidate), evidence, share, RolloutPolicy(), machine or Machine())
+    shadow = Shadow(
+        cast("Any", candidate), evidence, stable or Evidence(), share, RolloutPolicy(), machine or Machine()
+    )
     return shadow, evidence
 
 
@@ -142,7 +146,7 @@ def _figures(shadow: Shadow) -> Mapping[str, Any]:
 
 
 def _agrees(call: Call) -> Compared:
-    return Compared(1, 1500, {"y": (1, 1)}, {"y": [1]})
+    return Compared(1, 1500, {"y": (1, 1)}, {"y": [1]}, {"y": [2]})
 
 
 def _refuses(call: Call) -> Compared:
@@ -161,6 +165,16 @@ async def test_what_the_candidate_makes_of_copies_is_evidence() -> None:
     assert seen.outputs["serving_default", "y"].counts.totals[ROWS] == 5
     figures = _figures(shadow)
     assert (figures["copied"], figures["dropped"], figures["failed"], figures["rows"]) == (5, 0, 0, 5)
+
+
+async def test_both_versions_outputs_are_looked_into_where_they_are_compared() -> None:
+    stable = Evidence()
+    shadow, evidence = _shadow(Candidate(_agrees), stable=stable)
+    for _ in range(5):
+        shadow.on_call(_call(), 0.0)
+    await _settled()
+    labels = [seen.snapshot().outputs["serving_default", "y"].labels for seen in (evidence, stable)]
+    assert labels == [(1,), (2,)]
 
 
 async def test_calls_that_were_not_answered_are_not_copied() -> None:
@@ -323,7 +337,7 @@ async def _judged(agreements: dict[str, tuple[int, int]]) -> Verdict:
 
     def answer(call: Call) -> Compared:
         left[call.signature] -= 1
-        return Compared(1, 100, {"y": (1, int(left[call.signature] >= 0))}, {})
+        return Compared(1, 100, {"y": (1, int(left[call.signature] >= 0))}, {}, {})
 
     shadow, _ = _shadow(Candidate(answer))
     for signature, (rows, _agreed) in agreements.items():

@@ -302,7 +302,7 @@ class EngineProcess:
             rows: how many rows it has.
             inputs: every input, in the signature's order; all rows run together.
             answer: the other version's outputs.
-            look: whether to find the categories of the outputs' rows.
+            look: whether to find the categories of the rows of both versions' outputs.
 
         Raises:
             ModelFailureError: if the model failed.
@@ -323,7 +323,7 @@ class EngineProcess:
         if reply["op"] == "failed":
             raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
         agreeing = {name: (of, agreed) for name, of, agreed in reply["agreeing"]}
-        return Compared(rows, reply["us"], agreeing, reply["categories"])
+        return Compared(rows, reply["us"], agreeing, reply["categories"], reply["answer_categories"])
 
     def _on_compared(self, _: object) -> None:
         self._copying = False

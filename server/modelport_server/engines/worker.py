@@ -310,12 +310,16 @@ def _comparison(answer: Sequence[RawTensor], outputs: Sequence[RawTensor], *, lo
     Args:
         answer: the other version's outputs.
         outputs: this one's.
-        look: whether to find the categories of the rows, of as many outputs as fit into a message for certain.
+        look: whether to find the categories of both versions' rows, of as many outputs as fit into a message.
     """
     given = {tensor.name: tensor for tensor in outputs}
     agreeing = [[tensor.name, *agreeing_rows(tensor, given.get(tensor.name))] for tensor in answer]
-    looked_into = outputs[:_MAX_LOOKS] if look and len(answer) <= _MANY_OUTPUTS else ()
-    return {"agreeing": agreeing, "categories": {tensor.name: categories(tensor) for tensor in looked_into}}
+    most = _MAX_LOOKS if look and len(answer) <= _MANY_OUTPUTS else 0
+    return {
+        "agreeing": agreeing,
+        "categories": {tensor.name: categories(tensor) for tensor in outputs[:most]},
+        "answer_categories": {tensor.name: categories(tensor) for tensor in answer[:most]},
+    }
 
 
 def preload() -> None:

@@ -29,6 +29,8 @@ class Witness:
     def __init__(self, servable: Servable) -> None:
         self.servable = servable
         self.evidence = Evidence()
+        self.looks = True
+        """Whether it looks into outputs: not where the candidate's engine does, for which nobody waits."""
 
     def on_call(self, call: Call, now_s: float) -> None:
         """Counts a call."""
@@ -42,7 +44,10 @@ class Witness:
 
     def on_batch(self, batch: Batch, output: BatchOutput) -> None:
         """Counts a batch."""
-        self.evidence.on_batch(batch.signature, batch.rows, output.engine_time_us, output.outputs)
+        if self.looks:
+            self.evidence.on_batch(batch.signature, batch.rows, output.engine_time_us, output.outputs)
+        else:
+            self.evidence.on_time(batch.signature, batch.rows, output.engine_time_us)
 
     def snapshot(self) -> EvidenceSnapshot:
         """Returns what has been seen."""
@@ -131,7 +136,9 @@ class Bake:
             return
         if self._shadow is None or self._shadow.candidate is not candidate:
             self._end_shadow()
-            self._shadow = Shadow(candidate, self._witnesses[rollout.version].evidence, step.share, policy)
+            evidence = self._witnesses[rollout.version].evidence
+            self._shadow = Shadow(candidate, evidence, stable.evidence, step.share, policy)
+            stable.looks = False
         stable.servable.observers = (stable, self._shadow)
 
     def verdict(self, desired: Desired) -> Verdict | None:

@@ -40,6 +40,7 @@ class Shadow:
     Args:
         candidate: gets the copies.
         evidence: told what the candidate makes of them.
+        stable_evidence: told what the answers were like that the calls got.
         share: of the calls, 0 to 1.
         policy: what counts as agreement.
         is_idle: returns whether the machine has a core to spare; by default the machine is asked.
@@ -49,12 +50,14 @@ class Shadow:
         self,
         candidate: Servable,
         evidence: Evidence,
+        stable_evidence: Evidence,
         share: float,
         policy: RolloutPolicy,
         is_idle: Callable[[], bool] | None = None,
     ) -> None:
         self.candidate = candidate
         self._evidence = evidence
+        self._stable_evidence = stable_evidence
         self._share = share
         self._policy = policy
         self._owed = 0.0
@@ -134,6 +137,7 @@ class Shadow:
         self._evidence.on_call(Outcome.ANSWERED, monotonic() - began_s)
         self._evidence.on_time(call.signature, found.rows, found.engine_time_us)
         self._evidence.on_categories(call.signature, found.categories)
+        self._stable_evidence.on_categories(call.signature, found.answer_categories)
         self._add(call.signature, found.agreeing)
 
     def _add(self, signature: str, agreeing: Mapping[str, tuple[int, int]]) -> None:
