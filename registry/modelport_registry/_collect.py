@@ -103,7 +103,8 @@ def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitS
     highest = versions[-1]
     state = folder.state()
     rejected = {number: one for number, one in state.rejected.items() if number not in versions}
-    changed = replace(state, collected=max(state.collected, highest), rejected=rejected)
+    promotions = tuple(one for one in state.promotions if not {one.version, one.previous} & set(versions))
+    changed = replace(state, collected=max(state.collected, highest), rejected=rejected, promotions=promotions)
     if changed != state:
         folder.change(state, changed, Change(action="collect", version=highest))
     else:

@@ -158,7 +158,7 @@ def reject(state: State, version: int, gate: str, reason: str, now: datetime, ac
     if mine is None and not in_charge:
         return changed
     outcome = REJECTED if mine is not None and mine.phase is Phase.GATES else ROLLED_BACK
-    previous = _predecessor(state, version)
+    previous = predecessor(state, version)
     why = reason if gate == _BY_HAND else _cut(f"{gate}: {reason}")
     ended = Ended(version, previous, outcome, why, now)
     changed = replace(changed, rollout=None if mine is not None else state.rollout, last=ended)
@@ -185,10 +185,18 @@ def _without_rival(state: State) -> State:
     return _promoted(state, alone) if rollout.phase is Phase.STEP else replace(state, rollout=alone)
 
 
-def _predecessor(state: State, version: int) -> int | None:
-    """Returns the version that was in charge before ``version`` came."""
-    if state.rollout is not None and state.rollout.version == version:
-        return state.rollout.previous
+def predecessor(state: State, version: int) -> int | None:
+    """Returns the version that was in charge before ``version`` came, or before that one if it was rejected."""
+    mine = state.rollout is not None and state.rollout.version == version
+    first = number = state.rollout.previous if state.rollout is not None and mine else _before(state, version)
+    passed = {version}
+    while number in state.rejected and number not in passed:
+        passed.add(number)
+        number = _before(state, number)
+    return first if number is None or number in passed else number
+
+
+def _before(state: State, version: int) -> int | None:
     promoted = _promotion(state, version)
     return promoted.previous if promoted is not None else None
 
@@ -210,7 +218,7 @@ def rollback(state: State, reason: str, now: datetime, actor: str) -> State:
     if state.pin is not None:
         raise RegistryError(f"version {state.pin} is pinned: pin another one instead, with modelport pin")
     stable = state.aliases.get(STABLE)
-    previous = _predecessor(state, stable) if stable is not None else None
+    previous = predecessor(state, stable) if stable is not None else None
     if stable is None or previous is None:
         raise RegistryError(
             "nothing is being rolled out, and there is no version to go back to that was in charge and was not "

@@ -206,7 +206,35 @@ def test_an_engine_that_is_idle_may_take_longer() -> None:
     """As it does with caches that others have used meanwhile."""
     pair = Pair()
     assert beside_each_other(pair, 120, 1000, 2200).kind is VerdictKind.FINE
-    assert beside_each_other(pair, 120, 1000, 1200, candidate=50).kind is VerdictKind.FINE
+
+
+def test_an_engine_that_is_slow_and_never_idle_is_found() -> None:
+    """It has fewer batches than the stable version's, of more calls each, but as many calls."""
+    pair = Pair()
+    for _ in range(60):
+        for evidence, count, engine_us in ((pair.stable, 60, 4000), (pair.candidate, 30, 8000)):
+            for number in range(120):
+                evidence.on_call(Outcome.ANSWERED, engine_us / 1e6)
+                if number < count:
+                    evidence.on_time(SIGNATURE, 2, engine_us)
+        pair.clock.now_s += 0.25
+    assert pair.compare().kind is VerdictKind.WORSE
+
+
+def test_what_is_slow_for_both_while_the_first_batches_run_is_not_put_down_to_few_calls() -> None:
+    pair = Pair()
+    beside_each_other(pair, 20, 4000, 6800)
+    assert beside_each_other(pair, 120, 1000, 1700).kind is VerdictKind.FINE
+    pair = Pair()
+    beside_each_other(pair, 20, 1000, 1700)
+    assert beside_each_other(pair, 120, 4000, 6800).kind is VerdictKind.FINE
+    assert beside_each_other(pair, 60, 4000, 13_600).kind is VerdictKind.WORSE
+
+
+def test_times_that_can_not_be_judged_yet_are_waited_for() -> None:
+    verdict = beside_each_other(Pair(), 15, 1000, 1000, candidate=7)
+    assert (verdict.kind, verdict.figures["candidate_calls"]) == (VerdictKind.WAITING, 105)
+    assert "to tell how long its engine takes" in verdict.reason
 
 
 def test_an_engine_that_is_idle_and_takes_longer_than_it_did_is_found() -> None:

@@ -328,6 +328,17 @@ def test_the_way_back_is_as_long_as_the_way_there() -> None:
         rollback(state)
 
 
+def test_the_way_back_passes_by_what_was_rejected_since() -> None:
+    state = _stable(1)
+    for version in (2, 3, 4):
+        state = t.complete(t.advance(start(state, version)), NOW)
+    state = reject(reject(state, 3), 2)
+    assert state.aliases == {"stable": 4}
+    assert rollback(state).aliases == {"stable": 1}
+    with pytest.raises(RegistryError, match="version 3, which was in charge before, was rejected"):
+        rollback(reject(state, 1))
+
+
 def test_pause_and_resume() -> None:
     state = t.pause(_candidate(2, 1))
     assert state.rollout is not None

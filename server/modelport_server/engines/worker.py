@@ -37,8 +37,8 @@ _MIB = 1 << 20
 _PATIENCE = 0.5
 """The share of a gate's time after which those who serve no longer keep it from its end."""
 
-_MAX_LOOKS = 16
-"""Of how many outputs the categories of a copy's rows are told."""
+_MAX_LOOKS = 8
+"""Of how many outputs of each version the categories of a copy's rows are told: they have to fit into a message."""
 _MANY_OUTPUTS = 500
 """With more outputs than this there is no room in a message for categories."""
 

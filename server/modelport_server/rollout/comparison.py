@@ -13,7 +13,17 @@ from enum import Enum
 
 from modelport_registry import JSON
 from modelport_server.rollout.evidence import CALLER_FAULTS, FAILED, EvidenceSnapshot, quantile
-from modelport_server.rollout.signs import LEAST_STABLE, Sign, View, engine_time, errors, latency, outputs, view
+from modelport_server.rollout.signs import (
+    LEAST_STABLE,
+    Sign,
+    View,
+    engine_time,
+    errors,
+    latency,
+    outputs,
+    tells_times,
+    view,
+)
 
 _ALARMS = {"errors": 0.5, "latency": 0.125, "engine": 0.125, "non-finite": 0.125, "outputs": 0.125}
 """How the false alarms that are accepted are divided: errors are rare, and each has to say much."""
@@ -91,6 +101,9 @@ def compare(
     if why := _more_errors(stable, candidate, limits, concurrent=concurrent):
         return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {why}", figures)
     if why := _too_little(stable, candidate, limits):
+        return Verdict(VerdictKind.WAITING, why, figures)
+    if not tells_times(one):
+        why = f"too few calls, or too short a time, to tell how long its engine takes: {candidate.ended} so far"
         return Verdict(VerdictKind.WAITING, why, figures)
     return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
 

@@ -518,10 +518,7 @@ class ModelRollout:
 
     def _heir(self, version: int) -> Servable | None:
         """Returns who can answer at once in place of a version that is lost: the one before it."""
-        rollout, last = self.desired.rollout, self.desired.last
-        previous = last.previous if last is not None and last.version == version else None
-        if rollout is not None and rollout.version == version:
-            previous = rollout.previous
+        previous = transitions.predecessor(self.desired, version)
         return self._available().get(previous) if previous is not None else None
 
     def _retire(self, tracked: Tracked) -> None:

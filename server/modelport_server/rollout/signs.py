@@ -53,7 +53,7 @@ _TIME_FLOOR_S = 0.0005
 _IDLE_S = 0.005
 """An engine that is idle for so long between batches finds its caches cold."""
 _MORE_OFTEN = 1.5
-"""Another one that has so many times as many batches finds them warm oftener."""
+"""Another one that has so many times as many calls finds them warm oftener."""
 _COLD_RATIO = 2.5
 """How many times as long a cold engine takes at most."""
 _COLD_S = 0.004
@@ -162,15 +162,23 @@ def view(stable: EvidenceSnapshot, candidate: EvidenceSnapshot, *, concurrent: b
 
 
 def _colder(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> bool:
-    now = _batches_per_s(candidate)
-    return now * _IDLE_S < 1 and _batches_per_s(stable) > _MORE_OFTEN * now
+    return _idle_s(candidate) > _IDLE_S and _calls_per_s(stable) > _MORE_OFTEN * _calls_per_s(candidate)
 
 
-def _batches_per_s(seen: EvidenceSnapshot) -> float:
-    """Returns how many batches there were in a second, of those in which calls ended."""
-    windows = len(seen.calls.windows)
-    batches = sum(int(counts.totals.sum()) for counts in seen.engine.values())
-    return batches / (windows * WINDOW_S * 2.0**seen.calls.level) if windows else math.inf
+def _calls_per_s(seen: EvidenceSnapshot) -> float:
+    """Returns how many calls there were in a second, of those in which any ended."""
+    return seen.ended / _busy_s(seen) if len(seen.calls.windows) else 0.0
+
+
+def _idle_s(seen: EvidenceSnapshot) -> float:
+    """Returns how long the engine was idle between two batches on average, while calls came."""
+    histogram = np.sum([counts.totals for counts in seen.engine.values()], axis=0) if seen.engine else np.zeros(0)
+    batches = float(histogram.sum())
+    return (_busy_s(seen) - float(histogram @ _SECONDS)) / batches if batches else 0.0
+
+
+def _busy_s(seen: EvidenceSnapshot) -> float:
+    return len(seen.calls.windows) * WINDOW_S * 2.0**seen.calls.level
 
 
 def _begin_s(counts: Counts) -> float:
@@ -306,14 +314,26 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     ratios: list[Floats] = []
     weights: list[Floats] = []
     for times in pairs:
-        ratios.append(times.seconds / _median(times.seconds, times.stable))
-        weights.append(times.candidate[times.windows <= windows[last]].sum(axis=0))
+        first = times.windows <= windows[last]
+        if beside := _median(times.seconds, times.stable[first]):  # of the same moments
+            ratios.append(times.seconds / beside)
+            weights.append(times.candidate[first].sum(axis=0))
+    if not ratios:
+        return [], 1.0
     all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
     order = all_ratios.argsort()
     middle = int(np.searchsorted(all_weights[order].cumsum(), float(all_weights.sum()) / 2))
     rest = [times.since(int(windows[last]) + 1) for times in pairs]
     rest = [times for times in rest if times.stable.sum() and times.candidate.sum()]
     return rest, min(max(1.0, float(all_ratios[order[middle]])), _COLD_RATIO)
+
+
+def tells_times(one: View) -> bool:
+    """Returns whether the candidate's times can be judged: not before its first ones say what a cold engine takes."""
+    if not (one.paired and one.colder):
+        return True
+    rest, _ = _without_first([one.times(one.stable.calls, one.candidate.calls, TIMES)], one.length_s)
+    return bool(rest)
 
 
 def _warmed(seconds: Floats, cold_ratio: float) -> Floats:
@@ -399,13 +419,13 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
     of: dict[int, float] = {}
     most, medians = 0, (0.0, 0.0)
     cold_ratio = _COLD_RATIO if one.colder else 1.0
+    warm = _warmed(_SECONDS, cold_ratio)
     for key in keys:
         totals = one.stable.engine[key].totals
         if totals.sum() < LEAST_STABLE:
             continue
         before = quantile(totals, 0.5)
         counts = one.candidate.engine[key].at(one.level)
-        warm = _warmed(_SECONDS, cold_ratio)
         over = counts.counts[:, _limit(before, ratio * _LONE_SLACK) < warm].sum(axis=1).tolist()
         for window, slow, all_of in zip(counts.windows.tolist(), over, counts.counts.sum(axis=1).tolist(), strict=True):
             hits[window] = hits.get(window, 0.0) + slow
