@@ -306,7 +306,7 @@ def alias(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias at a version; show it when no version is given.
+    """Point an alias at a version; show it when no version is given, and all aliases when no alias is.
 
     Callers that name nothing get the version that the alias stable points at. To set
     stable by hand pins that version, as modelport pin does: nothing is rolled out by
@@ -324,7 +324,8 @@ def alias(
     """
     check_one_place(context, server)
     if alias is None:
-        raise RegistryError(f"name an alias, as in: modelport alias {model} stable; modelport models shows all of them")
+        _show_aliases(registry, model, server, as_json=as_json)
+        return
     if delete and version is not None:
         raise RegistryError("give a version or --delete, not both")
     if server is not None:
@@ -342,6 +343,22 @@ def alias(
         _print(f"{model} {alias} is version {number}{', pinned' if pinned else ''}")
         if pinned and version is not None:
             _diagnose(f"later versions wait until the pin is off: modelport pin {model} --remove")
+
+
+def _show_aliases(registry: Path, model: str, server: str | None, *, as_json: bool) -> None:
+    if server is not None:
+        raise RegistryError("name the alias: all of them are known to the registry's folder alone, --registry")
+    from modelport_registry import Registry
+
+    store = Registry(registry)
+    store.versions(model)
+    aliases = store.state(model).aliases
+    if as_json:
+        print_json({"model": model, "aliases": dict(aliases)})
+    elif not aliases:
+        _diagnose(f"{model} has no alias")
+    for name, number in sorted(aliases.items() if not as_json else ()):
+        _print(f"{model} {name} is version {number}")
 
 
 def _stored_alias(

@@ -145,7 +145,7 @@ def policy(
 
         modelport policy mnist
 
-        modelport policy mnist --strategy shadow+canary --step 1%:5m --step 25%:10m
+        modelport policy mnist --strategy shadow+canary --step 1%:5m --step 50%:10m
 
         modelport policy mnist --strategy manual --reason "a release freeze"
 

@@ -190,7 +190,7 @@ def predecessor(state: State, version: int) -> int | None:
     mine = state.rollout is not None and state.rollout.version == version
     first = number = state.rollout.previous if state.rollout is not None and mine else _before(state, version)
     passed = {version}
-    while number in state.rejected and number not in passed:
+    while number is not None and number in state.rejected and number not in passed:
         passed.add(number)
         number = _before(state, number)
     return first if number is None or number in passed else number

@@ -190,6 +190,18 @@ class TestGarbage:
         assert registry.versions(MODEL) == [1, 2, 6]
         assert registry.rollback(MODEL).aliases == {"stable": 1}
 
+    def test_there_is_no_way_back_to_what_was_collected(self, registry: Registry, tmp_path: Path) -> None:
+        registry.publish(MODEL, tmp_path / "model")
+        registry.set_policy(MODEL, RolloutPolicy(strategy=(Strategy.IMMEDIATE,)))
+        for version in (2, 3, 4):
+            registry.start_rollout(MODEL, version)
+            _advance(registry)
+            registry.change(MODEL, partial(transitions.complete, now=datetime.now(UTC)), action="completed")
+        assert registry.collect_garbage(MODEL, keep=1).removed == {MODEL: (1, 2)}
+        assert registry.rollback(MODEL).aliases == {"stable": 3}
+        with pytest.raises(RegistryError, match="there is no version to go back to"):
+            registry.rollback(MODEL)
+
     def test_a_pinned_version_is_not_collected_even_when_it_was_rejected(self, registry: Registry) -> None:
         registry.pin(MODEL, 2)
         _reject(registry, 2)
