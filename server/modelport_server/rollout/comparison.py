@@ -21,7 +21,7 @@ from modelport_server.rollout.signs import (
     errors,
     latency,
     outputs,
-    tells_times,
+    usual_cold_ratio,
     view,
 )
 
@@ -102,9 +102,12 @@ def compare(
         return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {why}", figures)
     if why := _too_little(stable, candidate, limits):
         return Verdict(VerdictKind.WAITING, why, figures)
-    if not tells_times(one):
+    cold_ratio = usual_cold_ratio(one)
+    if cold_ratio is None:
         why = f"too few calls, or too short a time, to tell how long its engine takes: {candidate.ended} so far"
         return Verdict(VerdictKind.WAITING, why, figures)
+    if cold_ratio > 1:
+        figures["cold_ratio"] = round(cold_ratio, 3)
     return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
 
 

@@ -328,12 +328,12 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     return rest, min(max(1.0, float(all_ratios[order[middle]])), _COLD_RATIO)
 
 
-def tells_times(one: View) -> bool:
-    """Returns whether the candidate's times can be judged: not before its first ones say what a cold engine takes."""
+def usual_cold_ratio(one: View) -> float | None:
+    """Returns how many times as long the candidate's calls may take for having few; None if that is not known yet."""
     if not (one.paired and one.colder):
-        return True
-    rest, _ = _without_first([one.times(one.stable.calls, one.candidate.calls, TIMES)], one.length_s)
-    return bool(rest)
+        return 1.0
+    rest, ratio = _without_first([one.times(one.stable.calls, one.candidate.calls, TIMES)], one.length_s)
+    return ratio if rest else None
 
 
 def _warmed(seconds: Floats, cold_ratio: float) -> Floats:
