@@ -162,8 +162,8 @@ def test_three_healthy_canaries_in_a_row_are_promoted(tmp_path: Path, bad_versio
 def test_a_healthy_canary_that_is_called_seldom_is_promoted(tmp_path: Path, bad_versions: Path) -> None:
     """Its engine is idle between calls, unlike the stable version's, and slower for that."""
     watched = Watched(Registry(tmp_path / "registry"), MODEL, timeout_s=600)
-    watched.registry.set_policy(MODEL, canary_policy((0.01, 10.0), (0.1, 5.0), (0.5, 5.0), min_calls=20))
     watched.registry.publish(MODEL, bad_versions / f"{HEAVY}-{STABLE}", golden=[doubler_golden(STABLE)])
+    watched.registry.set_policy(MODEL, canary_policy((0.01, 10.0), (0.1, 5.0), (0.5, 5.0), min_calls=20))
     options = LoadOptions(unary=1, pinned=0, followers=0, pause_s=0.0)
     with run_server(watched.registry.root, tmp_path, "--threads", "1") as server:
         assert watched.wait_over(STABLE) == "promoted"
