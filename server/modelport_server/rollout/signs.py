@@ -58,7 +58,7 @@ _COLD_RATIO = 2.5
 """How many times as long a cold engine takes at most."""
 _COLD_S = 0.004
 """And how much longer: by then the caches are filled again."""
-_FIRST_TIMES = 16
+_FIRST_TIMES = 24
 _FIRST_S = 4.0
 """How many of the candidate's first times say what a cold engine takes, in how many seconds at least."""
 _MAX_NON_FINITE = 0.002
@@ -315,17 +315,21 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     weights: list[Floats] = []
     for times in pairs:
         first = times.windows <= windows[last]
-        if beside := _median(times.seconds, times.stable[first]):  # of the same moments
-            ratios.append(times.seconds / beside)
-            weights.append(times.candidate[first].sum(axis=0))
-    if not ratios:
-        return [], 1.0
+        stable, candidate = times.stable[first], times.candidate[first]
+        below = stable.cumsum(axis=1)
+        middles = times.seconds[(below >= below[:, -1:] / 2).argmax(axis=1)][
+            :, np.newaxis
+        ]  # what slows both is no sign
+        ratios.append(_explained(times.seconds / middles, middles).ravel())
+        weights.append((candidate * (stable.sum(axis=1, keepdims=True) > 0)).ravel())
     all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
     order = all_ratios.argsort()
+    if not all_weights.any():
+        return [], 1.0
     middle = int(np.searchsorted(all_weights[order].cumsum(), float(all_weights.sum()) / 2))
     rest = [times.since(int(windows[last]) + 1) for times in pairs]
     rest = [times for times in rest if times.stable.sum() and times.candidate.sum()]
-    return rest, min(max(1.0, float(all_ratios[order[middle]])), _COLD_RATIO)
+    return rest, float(all_ratios[order[middle]])
 
 
 def usual_cold_ratio(one: View) -> float | None:
@@ -336,9 +340,9 @@ def usual_cold_ratio(one: View) -> float | None:
     return ratio if rest else None
 
 
-def _warmed(seconds: Floats, cold_ratio: float) -> Floats:
-    """Returns what times would be if the engine had not been idle before."""
-    return np.maximum(seconds / cold_ratio, seconds - _COLD_S) if cold_ratio > 1 else seconds
+def _explained(ratio: Floats | float, seconds: Floats | float) -> Floats:
+    """Returns how many times as long something may take for being cold, of what it takes beside ``seconds``."""
+    return np.clip(ratio, 1.0, np.minimum(_COLD_RATIO, 1.0 + _COLD_S / np.asarray(seconds)))
 
 
 def _median(seconds: Floats, counts: Floats) -> float:
@@ -350,7 +354,7 @@ def _beyond(times: Times, ratio: float, cold_ratio: float) -> tuple[float, float
     """Returns how many of the candidate's times are beyond the limits, and of how many."""
     limit_s = _limit(_median(times.seconds, times.stable), ratio)
     counts = times.candidate.sum(axis=0)
-    return float(counts[_warmed(times.seconds, cold_ratio) > limit_s].sum()), float(counts.sum())
+    return float(counts[times.seconds / cold_ratio > limit_s].sum()), float(counts.sum())
 
 
 def _slow_sign(
@@ -360,7 +364,7 @@ def _slow_sign(
     reason = f"{what} {now:.3g} ms in the median {of}, the stable version's {before:.3g} ms"
     figures: dict[str, JSON] = {"stable_p50_ms": round(before, 3), "candidate_p50_ms": round(now, 3)}
     if cold_ratio > 1:
-        cold_ms = now - float(_warmed(np.array([now / 1e3]), cold_ratio)[0]) * 1e3
+        cold_ms = before * (cold_ratio - 1)
         reason += f" ({cold_ms:.2g} ms are put down to its having few calls)"
         figures["cold_ratio"] = round(cold_ratio, 3)
     return Sign(name, log_e, real, reason, figures)
@@ -377,7 +381,7 @@ def _time_bets(windows: Whole, pairs: Sequence[Times], ratio: float, cold_ratio:
     for times in pairs:
         place = np.searchsorted(windows, times.windows)
         below = (times.stable.cumsum(axis=1), times.candidate.cumsum(axis=1))
-        warm = _warmed(times.seconds, cold_ratio)
+        warm = times.seconds / cold_ratio
         proof[:, place] += _order_bets(*below, _shifted(times.seconds, warm, math.sqrt(ratio), _TIME_FLOOR_S / 2))
         size[:, place] += _order_bets(*below, _shifted(times.seconds, warm, ratio, _TIME_FLOOR_S))
     return proof, size
@@ -388,7 +392,7 @@ def _shifted(seconds: Floats, warm: Floats, ratio: float, floor_s: float) -> NDA
 
     Args:
         seconds: the times of the columns.
-        warm: the same, as ``_warmed`` returns them.
+        warm: the same, less what is put down to a cold engine.
         ratio: they are shortened to one part in so many.
         floor_s: they are shortened by so many seconds at least.
     """
@@ -417,21 +421,20 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
     """Returns whether more than half of the batches take longer than the stable version's did earlier."""
     hits: dict[int, float] = {}
     of: dict[int, float] = {}
-    most, medians = 0, (0.0, 0.0)
-    cold_ratio = _COLD_RATIO if one.colder else 1.0
-    warm = _warmed(_SECONDS, cold_ratio)
+    most, medians, cold_ratio = 0, (0.0, 0.0), 1.0
     for key in keys:
         totals = one.stable.engine[key].totals
         if totals.sum() < LEAST_STABLE:
             continue
         before = quantile(totals, 0.5)
         counts = one.candidate.engine[key].at(one.level)
-        over = counts.counts[:, _limit(before, ratio * _LONE_SLACK) < warm].sum(axis=1).tolist()
+        cold = float(_explained(_COLD_RATIO, before)) if one.colder else 1.0
+        over = counts.counts[:, _limit(before, ratio * _LONE_SLACK) < _SECONDS / cold].sum(axis=1).tolist()
         for window, slow, all_of in zip(counts.windows.tolist(), over, counts.counts.sum(axis=1).tolist(), strict=True):
             hits[window] = hits.get(window, 0.0) + slow
             of[window] = of.get(window, 0.0) + all_of
         if (total := int(one.candidate.engine[key].totals.sum())) > most:
-            most, medians = total, (before, quantile(one.candidate.engine[key].totals, 0.5))
+            most, medians, cold_ratio = total, (before, quantile(one.candidate.engine[key].totals, 0.5)), cold
     if not of:
         return Sign("engine")
     windows = sorted(of)
