@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[pb.PredictRequest, list[str]]] = {
     "a missing input": (request("two_inputs", {"a": A}), ["'b'", "missing"]),
     "an extra input": (request("canary", {"x": A[:, :1].repeat(4, 1), "z": B}), ["'z'", "'x'"]),
     "an input twice": (_one("two_inputs", encode("a", A), encode("a", A), encode("b", B)), ["'a'", "twice"]),
-    "an input with a name of 1 MB": (_one("canary", tensor("x" * MIB, FLOAT32, [1, 4], bytes(16))), ["missing"]),
+    "an input with a name of 1 MB": (_one("canary", tensor("x" * MIB, FLOAT32, [1, 4], bytes(16))), ["no input 'xxx"]),
     "an unknown output": (request("canary", {"x": A}, outputs=["nope"]), ["'nope'", "'version', 'y'"]),
     "an unknown signature": (request("canary", {"x": A}, signature="nope"), ["nope", "'serving_default'"]),
     "a signature of 1 MB": (request("canary", {"x": A}, signature="s" * MIB), ["signature"]),
