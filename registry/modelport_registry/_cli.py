@@ -153,11 +153,9 @@ def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False)
     """
     from modelport_registry import Registry
 
+    hint = "name the registry with --registry, or publish: modelport publish NAME FOLDER"
     if not registry.is_dir():
-        raise RegistryError(
-            f"there is no {registry.absolute()}; name the registry with --registry, or publish: "
-            "modelport publish NAME FOLDER"
-        )
+        raise RegistryError(f"there is no {registry.absolute()}; {hint}")
     store = Registry(registry)
     found: dict[str, tuple[list[int], Mapping[str, int]]] = {}
     for name in store.models():
@@ -168,8 +166,7 @@ def models(registry: RegistryOption = DEFAULT_ROOT, as_json: JsonOption = False)
         print_json({"models": rows})
         return
     if not found:
-        what = f"no models in {registry.absolute()}"
-        _diagnose(f"{what}; name the registry with --registry, or publish: modelport publish NAME FOLDER")
+        _diagnose(f"no models in {registry.absolute()}; {hint}")
         return
     from modelport.cli_output import Column, print_table
 
@@ -294,7 +291,7 @@ def check(
 def alias(
     context: typer.Context,
     model: ModelArgument,
-    alias: Annotated[str | None, typer.Argument(help="The alias, for example stable.")] = None,
+    alias: Annotated[str, typer.Argument(help="The alias, for example stable.")],
     version: Annotated[
         str | None, typer.Argument(help="The version to point it at: a number, or another alias.")
     ] = None,
@@ -306,7 +303,7 @@ def alias(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias at a version; show it when no version is given, and all aliases when no alias is.
+    """Point an alias at a version; show it when no version is given.
 
     Callers that name nothing get the version that the alias stable points at. To set
     stable by hand pins that version, as modelport pin does: nothing is rolled out by
@@ -323,9 +320,6 @@ def alias(
         modelport alias mnist stable 3 --server 10.0.0.7:8500
     """
     check_one_place(context, server)
-    if alias is None:
-        _show_aliases(registry, model, server, as_json=as_json)
-        return
     if delete and version is not None:
         raise RegistryError("give a version or --delete, not both")
     if server is not None:
@@ -343,22 +337,6 @@ def alias(
         _print(f"{model} {alias} is version {number}{', pinned' if pinned else ''}")
         if pinned and version is not None:
             _diagnose(f"later versions wait until the pin is off: modelport pin {model} --remove")
-
-
-def _show_aliases(registry: Path, model: str, server: str | None, *, as_json: bool) -> None:
-    if server is not None:
-        raise RegistryError("name the alias: all of them are known to the registry's folder alone, --registry")
-    from modelport_registry import Registry
-
-    store = Registry(registry)
-    store.versions(model)
-    aliases = store.state(model).aliases
-    if as_json:
-        print_json({"model": model, "aliases": dict(aliases)})
-    elif not aliases:
-        _diagnose(f"{model} has no alias")
-    for name, number in sorted(aliases.items() if not as_json else ()):
-        _print(f"{model} {name} is version {number}")
 
 
 def _stored_alias(

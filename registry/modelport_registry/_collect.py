@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from modelport_registry import transitions
@@ -92,8 +92,8 @@ def _wanted(state: State) -> set[int | None]:
     wanted: set[int | None] = {state.pin, *state.aliases.values()}
     if state.rollout is not None:
         wanted |= {state.rollout.version, state.rollout.previous}
-    if (promoted := transitions.promotion(state)) is not None:
-        wanted.add(promoted.previous)
+    if (stable := state.aliases.get(transitions.STABLE)) is not None:
+        wanted.add(transitions.predecessor(state, stable))
     return wanted
 
 
@@ -102,9 +102,7 @@ def _set_aside(folder: ModelFolder, versions: list[int], locks: contextlib.ExitS
         return []
     highest = versions[-1]
     state = folder.state()
-    rejected = {number: one for number, one in state.rejected.items() if number not in versions}
-    promotions = tuple(one for one in state.promotions if not {one.version, one.previous} & set(versions))
-    changed = replace(state, collected=max(state.collected, highest), rejected=rejected, promotions=promotions)
+    changed = transitions.forget(state, versions)
     if changed != state:
         folder.change(state, changed, Change(action="collect", version=highest))
     else:

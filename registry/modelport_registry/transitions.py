@@ -7,7 +7,7 @@ given where there is nothing to change. ``Registry.change`` carries them out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -188,17 +188,38 @@ def _without_rival(state: State) -> State:
 def predecessor(state: State, version: int) -> int | None:
     """Returns the version that was in charge before ``version`` came, or before that one if it was rejected."""
     mine = state.rollout is not None and state.rollout.version == version
-    first = number = state.rollout.previous if state.rollout is not None and mine else _before(state, version)
-    passed = {version}
-    while number is not None and number in state.rejected and number not in passed:
-        passed.add(number)
-        number = _before(state, number)
-    return first if number is None or number in passed else number
+    first = state.rollout.previous if state.rollout is not None and mine else _before(state, version)
+    fit = _first_without(state, first, state.rejected)
+    return first if fit is None else fit
 
 
 def _before(state: State, version: int) -> int | None:
     promoted = _promotion(state, version)
     return promoted.previous if promoted is not None else None
+
+
+def _first_without(state: State, version: int | None, unfit: Collection[int]) -> int | None:
+    """Returns ``version``, or the first of those in charge before it that is not among ``unfit``; None if all are."""
+    passed: set[int] = set()
+    while version is not None and version in unfit and version not in passed:
+        passed.add(version)
+        version = _before(state, version)
+    return None if version in passed else version
+
+
+def forget(state: State, versions: Collection[int]) -> State:
+    """Drops what is known of versions that are gone: the way back leads past them."""
+    kept = [(ended, _first_without(state, ended.previous, versions)) for ended in state.promotions]
+    return replace(
+        state,
+        collected=max(state.collected, *versions),
+        rejected={number: one for number, one in state.rejected.items() if number not in versions},
+        promotions=tuple(
+            replace(ended, previous=previous)
+            for ended, previous in kept
+            if ended.version not in versions and previous is not None
+        ),
+    )
 
 
 def _cut(reason: str) -> str:

@@ -40,12 +40,12 @@ def arrange(spec: SignatureSpec, inputs: Sequence[RawTensor]) -> tuple[RawTensor
         if tensor.name in given:
             raise InvalidCallError(f"input {shown(tensor.name)} is given twice")
         given[tensor.name] = tensor
-    known = {wanted.name for wanted in spec.inputs}
-    for name in given:
-        if name not in known:
-            names = ", ".join(repr(tensor.name) for tensor in spec.inputs[:16]) or "none"
-            raise InvalidCallError(f"signature {shown(spec.name)} has no input {shown(name)}; its inputs are {names}")
-    return tuple(_checked(given.get(wanted.name), wanted, spec) for wanted in spec.inputs)
+    found = [given.pop(wanted.name, None) for wanted in spec.inputs]
+    if given:
+        names = ", ".join(repr(tensor.name) for tensor in spec.inputs[:16]) or "none"
+        extra = shown(next(iter(given)))
+        raise InvalidCallError(f"signature {shown(spec.name)} has no input {extra}; its inputs are {names}")
+    return tuple(_checked(tensor, wanted, spec) for tensor, wanted in zip(found, spec.inputs, strict=True))
 
 
 def _checked(tensor: RawTensor | None, wanted: TensorSpec, spec: SignatureSpec) -> RawTensor:

@@ -202,6 +202,16 @@ class TestGarbage:
         with pytest.raises(RegistryError, match="there is no version to go back to"):
             registry.rollback(MODEL)
 
+    def test_where_a_rollback_would_lead_is_not_collected(self, registry: Registry, tmp_path: Path) -> None:
+        registry.set_policy(MODEL, RolloutPolicy(strategy=(Strategy.IMMEDIATE,)))
+        for version in (2, 3):
+            registry.start_rollout(MODEL, version)
+            _advance(registry)
+            registry.change(MODEL, partial(transitions.complete, now=datetime.now(UTC)), action="completed")
+        _reject(registry, 2)
+        assert registry.collect_garbage(MODEL, keep=1).removed == {MODEL: (2,)}
+        assert registry.rollback(MODEL).aliases == {"stable": 1}
+
     def test_a_pinned_version_is_not_collected_even_when_it_was_rejected(self, registry: Registry) -> None:
         registry.pin(MODEL, 2)
         _reject(registry, 2)

@@ -58,6 +58,8 @@ _COLD_RATIO = 2.5
 """How many times as long a cold engine takes at most."""
 _COLD_S = 0.004
 """And how much longer: by then the caches are filled again."""
+_LITTLE = 1.25
+"""So much longer a cold engine may take without having shown that it does."""
 _FIRST_TIMES = 24
 _FIRST_S = 4.0
 """How many of the candidate's first times say what a cold engine takes, in how many seconds at least."""
@@ -299,37 +301,49 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     """Takes the windows of the candidate's first times out; returns the others, and how much longer the first were.
 
     The gates have measured the candidate beside the stable version when both were warm. So what its first
-    batches take more is put down to its having been idle, as far as that can be the reason.
+    batches take more is put down to its having been idle, as far as that can be the reason. Where that is
+    little, because batches are long, it is allowed for at once, and nothing is taken out.
 
     Returns:
-        What is left, nothing where there were too few times, and how many times as long the first were in the median.
+        What is left, nothing where there were too few times, and how many times as long a cold engine may take.
     """
-    numbers = np.concatenate([times.windows for times in pairs]) if pairs else np.zeros(0, np.int64)
-    counts = np.concatenate([times.candidate.sum(axis=1) for times in pairs]) if pairs else np.zeros(0)
-    windows, place = np.unique(numbers, return_inverse=True)
-    below = np.bincount(place, counts, len(windows)).cumsum()
-    last = max(int(np.searchsorted(below, _FIRST_TIMES)), math.ceil(_FIRST_S / length_s) - 1)
+    pairs = [times for times in pairs if times.stable.sum() and times.candidate.sum()]
+    if not pairs:
+        return [], 1.0
+    most = max(float(_explained(_COLD_RATIO, _median(times.seconds, times.stable))) for times in pairs)
+    if most <= _LITTLE:
+        return pairs, most
+    windows, place = np.unique(np.concatenate([times.windows for times in pairs]), return_inverse=True)
+    counts = np.concatenate([times.candidate.sum(axis=1) for times in pairs])
+    so_far = np.bincount(place, counts, len(windows)).cumsum()
+    last = max(int(np.searchsorted(so_far, _FIRST_TIMES)), math.ceil(_FIRST_S / length_s) - 1)
     if last >= len(windows):
         return [], 1.0
+    rest = [times.since(int(windows[last]) + 1) for times in pairs]
+    rest = [times for times in rest if times.stable.sum() and times.candidate.sum()]
+    return rest, _usual_ratio(pairs, int(windows[last]))
+
+
+def _usual_ratio(pairs: Sequence[Times], last: int) -> float:
+    """Returns how many times as long the candidate takes as the stable version in the same windows, in the median.
+
+    Args:
+        pairs: the times.
+        last: the last window that counts.
+    """
     ratios: list[Floats] = []
     weights: list[Floats] = []
     for times in pairs:
-        first = times.windows <= windows[last]
-        stable, candidate = times.stable[first], times.candidate[first]
-        below = stable.cumsum(axis=1)
-        middles = times.seconds[(below >= below[:, -1:] / 2).argmax(axis=1)][
-            :, np.newaxis
-        ]  # what slows both is no sign
+        both = (times.windows <= last) & (times.stable.sum(axis=1) > 0)
+        below = times.stable[both].cumsum(axis=1)
+        middles = times.seconds[(below >= below[:, -1:] / 2).argmax(axis=1), np.newaxis]
         ratios.append(_explained(times.seconds / middles, middles).ravel())
-        weights.append((candidate * (stable.sum(axis=1, keepdims=True) > 0)).ravel())
+        weights.append(times.candidate[both].ravel())
     all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
-    order = all_ratios.argsort()
     if not all_weights.any():
-        return [], 1.0
-    middle = int(np.searchsorted(all_weights[order].cumsum(), float(all_weights.sum()) / 2))
-    rest = [times.since(int(windows[last]) + 1) for times in pairs]
-    rest = [times for times in rest if times.stable.sum() and times.candidate.sum()]
-    return rest, float(all_ratios[order[middle]])
+        return 1.0
+    order = all_ratios.argsort()
+    return float(all_ratios[order][np.searchsorted(all_weights[order].cumsum(), all_weights.sum() / 2)])
 
 
 def usual_cold_ratio(one: View) -> float | None:
