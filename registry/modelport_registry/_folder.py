@@ -14,6 +14,7 @@ import stat
 import uuid
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from modelport_registry import _journal
@@ -35,6 +36,15 @@ from modelport_registry._types import State
 from modelport_registry.transitions import STABLE
 
 MAX_STATE_BYTES = 8 << 20
+
+
+_KEPT_STATES = 16
+
+
+@lru_cache(_KEPT_STATES)
+def _state_of(data: bytes, model: str) -> State:
+    """Returns what a state file holds; servers read theirs several times a second, mostly unchanged."""
+    return read_state(parse(data, f"the state of {model}"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +86,16 @@ class ModelFolder:
 
     def has(self, number: int) -> bool:
         """Returns whether there is a version ``number``."""
-        folder = self.version(number)
+        folder = os.fspath(self.version(number))
         try:
-            return stat.S_ISDIR(folder.lstat().st_mode) and stat.S_ISREG((folder / MANIFEST).lstat().st_mode)
+            return stat.S_ISDIR(os.lstat(folder).st_mode) and stat.S_ISREG(os.lstat(f"{folder}/{MANIFEST}").st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def taken(self) -> list[int]:
         """Returns the numbers that anything at all is named after, ascending."""
         try:
-            names = [entry.name for entry in self.path.iterdir()]
+            names = os.listdir(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(number for name in names if (number := parse_version(name)) is not None)
@@ -154,7 +164,7 @@ class ModelFolder:
             data = read_bounded(self._state, MAX_STATE_BYTES, IntegrityError)
         except (FileNotFoundError, NotADirectoryError):
             return State()
-        return read_state(parse(data, f"the state of {self.model}"))
+        return _state_of(data, self.model)
 
     def write_state(self, state: State, changed: State) -> State:
         """Writes ``changed`` as the generation that follows ``state``, which the caller read under the lock."""

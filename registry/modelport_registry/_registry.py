@@ -41,7 +41,7 @@ class Registry:
                 names = sorted(entry.name for entry in self.root.iterdir())
             except FileNotFoundError:
                 return []
-        return [name for name in names if is_valid_name(name) and self.versions(name)]
+        return [name for name in names if self.exists(name)]
 
     def versions(self, model: str) -> list[int]:
         """Returns the numbers of a model's versions, ascending; none where there is no such model."""
@@ -50,7 +50,11 @@ class Registry:
 
     def exists(self, model: str) -> bool:
         """Returns whether the model has a version; no for a name that is not legal."""
-        return is_valid_name(model) and bool(self.versions(model))
+        if not is_valid_name(model):
+            return False
+        with storage_errors(f"can't read {model}"):
+            folder = self._folder(model)
+            return any(map(folder.has, folder.taken()))
 
     def path(self, model: str, version: int) -> Path:
         """Returns the folder of a version.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -66,6 +67,8 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         await self.start()
+        gc.collect()
+        gc.freeze()  # else calls wait some 20 ms now and then while modules and classes are gone through
         try:
             await self._stop.wait()
         finally:

@@ -140,6 +140,7 @@ class Bake:
             self._shadow = Shadow(candidate, evidence, stable.evidence, step.share, policy)
             stable.looks = False
         stable.servable.observers = (stable, self._shadow)
+        self._shadow.look()
 
     def verdict(self, desired: Desired) -> Verdict | None:
         """Returns how the candidate does, a few times a second anew; None where there is nothing to compare."""

@@ -81,6 +81,8 @@ class RolloutManager:
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes as its future is done.
                 async with asyncio.timeout(min(left_s, _LOOK_S) if baking else left_s):
                     await self._wake.wait()
+            if not self._wake.is_set() and monotonic() >= until_s:
+                return  # every look ends with it
             self._wake.clear()
             self._advance()
 
@@ -116,11 +118,11 @@ class RolloutManager:
 
     def _view(self, name: str) -> ModelView:
         looked_at_s = monotonic()
-        if not self._registry.exists(name):
-            return ModelView({}, Desired(), looked_at_s)
         desired = self._registry.state(name)  # before the versions, so that those it names are among them
-        known = self._manifests.get(name, {})
         numbers = self._registry.versions(name)
+        if not numbers:
+            return ModelView({}, Desired(), looked_at_s)
+        known = self._manifests.get(name, {})
         # A manifest never changes, so that it is read once.
         versions = {number: known.get(number) or self._manifest(name, number) for number in numbers}
         self._manifests[name] = versions

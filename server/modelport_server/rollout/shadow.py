@@ -64,11 +64,16 @@ class Shadow:
         self._waiting: deque[Call] = deque()
         self._waiting_bytes = 0
         self._task: asyncio.Task[None] | None = None
-        self._is_idle = is_idle or SpareTime(lambda: candidate.pid).there_is
+        self._spare = SpareTime(lambda: candidate.pid)
+        self._is_idle = is_idle or self._spare.there_is
         self._agreement: dict[str, Agreement] = {}
         self._copied = 0
         self._dropped = 0
         self._failed = 0
+
+    def look(self) -> None:
+        """Looks whether the machine has a core to spare; to be called a few times a second."""
+        self._spare.look()
 
     def on_call(self, call: Call, now_s: float) -> None:
         """Copies a call that was answered, if it is among the share."""

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
-_LOOK_S = 0.25
+_LEAST_LOOK_S = 0.2
 _LEAST_SPARE_CORES = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class SpareTime:
-    """Looks at how busy the machine is, a few times a second at most.
+    """Says how busy the machine was lately.
 
-    What the machine is busy with on behalf of one process, given by its pid, counts as spare: it would
-    be idle without it.
+    What it is busy with on behalf of one process, given by its pid, counts as spare: it would be idle without it.
+    To look takes so long that it is apart from asking, for which callers wait.
 
     Args:
         pid_of: returns the process that uses the spare time, which may be another one later; 0 for none.
@@ -31,16 +31,20 @@ class SpareTime:
 
     def there_is(self) -> bool:
         """Returns whether half a core was to spare when last looked; no before the first look."""
+        return self._spare
+
+    def look(self) -> None:
+        """Looks at the machine; what it has been busy with since a look of a moment ago says too little."""
         now = monotonic()
         passed_s = now - self._looked_at_s
-        if passed_s >= _LOOK_S:
-            if (pid := self._pid_of()) != self._pid:  # started again: its time begins at nothing
-                self._pid, self._before = pid, (self._before[0], 0.0)
-            seen = (_idle_s(), _used_s(pid))
-            free_s = sum(after - before for after, before in zip(seen, self._before, strict=True))
-            self._spare = free_s / passed_s >= _LEAST_SPARE_CORES
-            self._looked_at_s, self._before = now, seen
-        return self._spare
+        if passed_s < _LEAST_LOOK_S:
+            return
+        if (pid := self._pid_of()) != self._pid:  # started again: its time begins at nothing
+            self._pid, self._before = pid, (self._before[0], 0.0)
+        seen = (_idle_s(), _used_s(pid))
+        free_s = sum(after - before for after, before in zip(seen, self._before, strict=True))
+        self._spare = free_s / passed_s >= _LEAST_SPARE_CORES
+        self._looked_at_s, self._before = now, seen
 
 
 def _idle_s() -> float:
