@@ -95,7 +95,8 @@ class ModelFolder:
     def taken(self) -> list[int]:
         """Returns the numbers that anything at all is named after, ascending."""
         try:
-            names = os.listdir(self.path)
+            with os.scandir(self.path) as entries:
+                names = [entry.name for entry in entries]
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(number for name in names if (number := parse_version(name)) is not None)
