@@ -117,8 +117,12 @@ class ModelFolder:
             try:
                 stack.enter_context(locked(self._lock))
             except (FileNotFoundError, NotADirectoryError) as exc:
-                raise NotFoundError(f"there is no model {self.model!r}") from exc
+                raise self.missing() from exc
             yield
+
+    def missing(self) -> NotFoundError:
+        """Returns what to say where there is no such model."""
+        return NotFoundError(f"there is no model {self.model!r} in {self.path.parent.absolute()}")
 
     @contextlib.contextmanager
     def staged(self) -> Generator[Path]:

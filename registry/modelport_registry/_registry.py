@@ -614,7 +614,7 @@ class Registry:
     def _missing(self, folder: ModelFolder, version: int | None = None) -> NotFoundError:
         versions = folder.versions()
         if not versions:
-            return NotFoundError(f"there is no model {folder.model!r}")
+            return folder.missing()
         return NotFoundError(f"{folder.model} has no version {version}; the highest is {versions[-1]}")
 
 

@@ -17,7 +17,11 @@ ServeError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from modelport.exceptions import ModelportError
+
+_MAX_NAMED = 8
 
 
 class ServeError(ModelportError):
@@ -33,6 +37,13 @@ class InvalidCallError(ServeError):
 
 class UnknownNameError(ServeError):
     """The request names a model or a version that does not exist."""
+
+    @classmethod
+    def of_model(cls, model: str, served: Iterable[str]) -> UnknownNameError:
+        """Returns what to say of a model that is not among those that are served."""
+        names = sorted(served)
+        known = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
+        return cls(f"no model {model!r} is served here; " + (f"served are {known}" if names else "there is none yet"))
 
 
 class NotLoadedError(ServeError):

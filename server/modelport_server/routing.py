@@ -101,7 +101,7 @@ class Router:
         route = self._routes.get(model)
         if route is None:
             _check_name("model", model)
-            raise UnknownNameError(f"no model {model!r} is served here")
+            raise UnknownNameError.of_model(model, self._routes)
         if alias is not None:
             _check_name("alias", alias)
             if alias not in route.aliases:

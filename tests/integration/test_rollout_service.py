@@ -146,9 +146,9 @@ async def test_an_idle_model(tmp_path: Path) -> None:
 
 async def test_models_that_are_not_there(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, client):
-        with pytest.raises(NotFoundError, match="no model 'm' is served here"):
+        with pytest.raises(NotFoundError, match="no model 'm' is served here; there is none yet"):
             await client.rollouts.get("m")
-        with pytest.raises(NotFoundError, match="no model 'm' is served here"):
+        with pytest.raises(NotFoundError, match="no model 'm' is served here; there is none yet"):
             await anext(client.rollouts.watch("m"))
         with pytest.raises(NotFoundError, match="there is no model 'n'"):
             await client.rollouts.pause("n")

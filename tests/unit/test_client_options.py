@@ -34,6 +34,7 @@ from modelport._retry import Retrier, RetryBudget
         (lambda: Client([]), "at least one address"),
         (lambda: Client("nowhere"), "is not an address"),
         (lambda: AsyncClient("host:99999"), "is not an address"),
+        (lambda: Client("http://localhost:8500"), "is not an address"),
         (lambda: Client(["unix:/a", "b:1"]), "the one address"),
         (lambda: Client("a:1").predict_stream("m", [], on_error="maybe"), "on_error"),  # type: ignore[arg-type]
         (lambda: Client("a:1").predict_stream("m", [], outputs="y"), "several names"),

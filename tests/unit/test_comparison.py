@@ -239,6 +239,13 @@ def test_times_that_can_not_be_judged_yet_are_waited_for() -> None:
     assert "to tell how long its engine takes" in verdict.reason
 
 
+def test_long_batches_are_judged_from_the_first_on() -> None:
+    """What a cold engine may take longer is little beside them."""
+    verdict = beside_each_other(Pair(), 15, 20_000, 20_000, candidate=7)
+    assert (verdict.kind, verdict.figures["candidate_calls"]) == (VerdictKind.FINE, 105)
+    assert beside_each_other(Pair(), 15, 20_000, 60_000, candidate=7).kind is VerdictKind.WORSE
+
+
 def test_an_engine_that_is_idle_and_takes_longer_than_it_did_is_found() -> None:
     pair = Pair()
     assert beside_each_other(pair, 120, 1000, 1700).kind is VerdictKind.FINE

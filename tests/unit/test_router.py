@@ -50,7 +50,7 @@ def test_who_answers(router: Router, version: int | None, alias: str | None, ans
 @pytest.mark.parametrize(
     ("model", "version", "alias", "kind", "words"),
     [
-        ("nothing", None, None, UnknownNameError, "'nothing'"),
+        ("nothing", None, None, UnknownNameError, "no model 'nothing' is served here; served are digits, new"),
         ("../x", None, None, InvalidCallError, "../x"),
         ("a/b", None, None, InvalidCallError, "a/b"),
         ("", None, None, InvalidCallError, "model name"),

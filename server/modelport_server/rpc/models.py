@@ -83,7 +83,7 @@ class ModelService:
         status = self._board.model(name)
         if status is None:
             check_name(name)
-            raise UnknownNameError(f"no model {name!r} is served here")
+            raise UnknownNameError.of_model(name, (model.name for model in self._board.models()))
         return status
 
 

@@ -150,7 +150,7 @@ class RolloutService:
         status = self._board.rollout(model)
         if status is None:
             check_name(model)
-            raise UnknownNameError(f"no model {model!r} is served here")
+            raise UnknownNameError.of_model(model, self._board.rollouts)
         return status
 
 
