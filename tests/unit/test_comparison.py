@@ -223,6 +223,35 @@ def test_an_engine_that_is_slow_and_never_idle_is_found() -> None:
     assert pair.compare().kind is VerdictKind.WORSE
 
 
+def in_larger_batches(candidate_us: int) -> Verdict:
+    """Compares a candidate that has one row in each batch with a stable version that hardly ever has."""
+    pair = Pair()
+    for window in range(60):
+        for _ in range(60):
+            pair.stable.on_call(Outcome.ANSWERED, 0.012)
+        for _ in range(10):
+            pair.stable.on_time(SIGNATURE, 6, 4000)
+        if window % 8 == 0:
+            pair.stable.on_time(SIGNATURE, 1, 4000)
+        for _ in range(4):
+            pair.candidate.on_call(Outcome.ANSWERED, 0.012)
+            pair.candidate.on_time(SIGNATURE, 1, candidate_us)
+        pair.clock.now_s += 0.25
+    return pair.compare()
+
+
+def test_a_batch_that_takes_longer_than_larger_ones_is_found() -> None:
+    """Though calls do not: the stable version's wait for their batch."""
+    verdict = in_larger_batches(20_000)
+    assert verdict.kind is VerdictKind.WORSE
+    assert verdict.reason.startswith("batches that are no larger take ")
+
+
+def test_a_batch_that_takes_less_time_than_larger_ones_is_fine() -> None:
+    assert in_larger_batches(1500).kind is VerdictKind.FINE
+    assert in_larger_batches(4000).kind is VerdictKind.FINE
+
+
 def test_what_is_slow_for_both_while_the_first_batches_run_is_not_put_down_to_few_calls() -> None:
     pair = Pair()
     beside_each_other(pair, 20, 4000, 6800)

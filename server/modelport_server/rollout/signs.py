@@ -33,7 +33,7 @@ from modelport_server.rollout.evidence import (
     seconds_of,
 )
 from modelport_server.rollout.sequential import ODDS, Floats, Shares, paired, since, single, upper_limit
-from modelport_server.rollout.timeline import WINDOW_S, Counts, Whole
+from modelport_server.rollout.timeline import WINDOW_S, Counts, Whole, joined
 
 _UNITS = 4.0
 """How many independent ones whatever happens in one window counts for at most."""
@@ -270,12 +270,29 @@ def latency(one: View, ratio: float) -> Sign:
 
 
 def engine_time(one: View, ratio: float) -> Sign:
-    """Returns whether batches take longer than those of about the same size."""
-    keys = sorted(one.candidate.engine.keys() & one.stable.engine.keys())
+    """Returns whether batches take longer than those of about the same size, or than larger ones."""
     if not one.paired:
-        return _slower_alone(one, keys, ratio)
-    pairs = [one.times(one.stable.engine[key], one.candidate.engine[key]) for key in keys]
-    return _slower(one, "engine", "batches of the same size take", pairs, ratio)
+        return _slower_alone(one, sorted(one.candidate.engine.keys() & one.stable.engine.keys()), ratio)
+    found = [(key, _as_large(one, key)) for key in sorted(one.candidate.engine)]
+    pairs = [one.times(stable, one.candidate.engine[key]) for key, stable in found if stable is not None]
+    same = all(stable is None or stable is one.stable.engine.get(key) for key, stable in found)
+    what = "batches of the same size take" if same else "batches that are no larger take"
+    return _slower(one, "engine", what, pairs, ratio)
+
+
+def _as_large(one: View, key: tuple[str, int]) -> Counts | None:
+    """Returns the stable version's batches with which the candidate's of one size are compared.
+
+    Those of that size; or, where it seldom has such when the candidate has, as its calls come in larger
+    batches, all that are as large or larger: they take no less time.
+    """
+    signature, size = key
+    exact = one.stable.engine.get(key)
+    windows = one.candidate.engine[key].at(one.level).windows
+    if exact is not None and 2 * np.isin(windows, exact.at(one.level).windows).sum() >= len(windows):
+        return exact
+    larger = [counts for (name, rows), counts in one.stable.engine.items() if name == signature and rows >= size]
+    return joined(larger) if larger else None
 
 
 def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: float) -> Sign:

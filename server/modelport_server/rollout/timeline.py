@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,16 @@ class Counts:
             return self
         windows, counts = _merged(self.windows, self.counts, level - self.level)
         return Counts(level, windows, counts, self.totals)
+
+
+def joined(several: Sequence[Counts]) -> Counts:
+    """Returns what several timelines counted together, in windows as long as the longest of theirs."""
+    level = max(one.level for one in several)
+    parts = [one.at(level) for one in several]
+    windows, place = np.unique(np.concatenate([one.windows for one in parts]), return_inverse=True)
+    counts = np.zeros((len(windows), parts[0].counts.shape[1]), np.int32)
+    np.add.at(counts, place, np.concatenate([one.counts for one in parts]))
+    return Counts(level, windows, counts, np.sum([one.totals for one in several], axis=0))
 
 
 class Timeline:
