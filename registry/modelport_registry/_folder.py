@@ -14,7 +14,6 @@ import stat
 import uuid
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 from modelport_registry import _journal
@@ -36,15 +35,6 @@ from modelport_registry._types import State
 from modelport_registry.transitions import STABLE
 
 MAX_STATE_BYTES = 8 << 20
-
-
-_KEPT_STATES = 16
-
-
-@lru_cache(_KEPT_STATES)
-def _state_of(data: bytes, model: str) -> State:
-    """Returns what a state file holds; servers read theirs several times a second, mostly unchanged."""
-    return read_state(parse(data, f"the state of {model}"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +159,7 @@ class ModelFolder:
             data = read_bounded(self._state, MAX_STATE_BYTES, IntegrityError)
         except (FileNotFoundError, NotADirectoryError):
             return State()
-        return _state_of(data, self.model)
+        return read_state(parse(data, f"the state of {self.model}"))
 
     def write_state(self, state: State, changed: State) -> State:
         """Writes ``changed`` as the generation that follows ``state``, which the caller read under the lock."""

@@ -189,37 +189,40 @@ def predecessor(state: State, version: int) -> int | None:
     """Returns the version that was in charge before ``version`` came, or before that one if it was rejected."""
     mine = state.rollout is not None and state.rollout.version == version
     first = state.rollout.previous if state.rollout is not None and mine else _before(state, version)
-    fit = _first_without(state, first, state.rejected)
-    return first if fit is None else fit
+    passed: set[int] = {version}
+    number = first
+    while number is not None and number in state.rejected and number not in passed:
+        passed.add(number)
+        number = _before(state, number)
+    return first if number is None or number in passed else number
 
 
 def _before(state: State, version: int) -> int | None:
-    promoted = _promotion(state, version)
+    promoted = next((ended for ended in reversed(state.promotions) if ended.version == version), None)
     return promoted.previous if promoted is not None else None
-
-
-def _first_without(state: State, version: int | None, unfit: Collection[int]) -> int | None:
-    """Returns ``version``, or the first of those in charge before it that is not among ``unfit``; None if all are."""
-    passed: set[int] = set()
-    while version is not None and version in unfit and version not in passed:
-        passed.add(version)
-        version = _before(state, version)
-    return None if version in passed else version
 
 
 def forget(state: State, versions: Collection[int]) -> State:
     """Drops what is known of versions that are gone: the way back leads past them."""
-    kept = [(ended, _first_without(state, ended.previous, versions)) for ended in state.promotions]
+    promotions: list[Ended] = []
+    for place, ended in enumerate(state.promotions):
+        previous = _still_there(state.promotions[:place], ended.previous, versions)
+        if ended.version not in versions and previous not in (None, ended.version):
+            promotions.append(replace(ended, previous=previous))
     return replace(
         state,
-        collected=max(state.collected, *versions),
+        collected=max(state.collected, max(versions, default=0)),
         rejected={number: one for number, one in state.rejected.items() if number not in versions},
-        promotions=tuple(
-            replace(ended, previous=previous)
-            for ended, previous in kept
-            if ended.version not in versions and previous is not None
-        ),
+        promotions=tuple(promotions),
     )
+
+
+def _still_there(older: Sequence[Ended], version: int | None, gone: Collection[int]) -> int | None:
+    """Returns ``version``, or the one that was in charge before it and is not gone; None if there is none."""
+    for ended in reversed(older):
+        if version in gone and ended.version == version:
+            version = ended.previous
+    return None if version in gone else version
 
 
 def _cut(reason: str) -> str:

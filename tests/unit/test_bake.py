@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from modelport_registry import Phase, Rollout, RolloutPolicy, State, Step, StepKind
+from modelport_server.rollout import spare
 from modelport_server.rollout.bake import Bake
 from modelport_server.rollout.evidence import Outcome
 
@@ -129,6 +130,25 @@ def test_who_gets_copies_is_told_while_the_step_lasts() -> None:
     bake.follow(_state(replace(SHADOWED, step=1)), cast("Any", again))
     assert bake.copied_to is None
     assert len(again[1].observers) == 1
+
+
+def test_whether_there_is_a_core_to_spare_is_looked_up_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no call would ever be copied."""
+    clock = Clock()
+    monkeypatch.setattr(spare, "monotonic", clock)
+    idle_s = 0.0
+    monkeypatch.setattr(spare, "_idle_s", lambda: idle_s)
+    bake, servables = Bake(), _servables(1, 2)
+    bake.follow(_state(SHADOWED), servables)
+    shadow = servables[1].observers[1]
+    assert not shadow.has_time
+    for free_cores, has_time in ((1.0, True), (0.2, False), (1.0, True)):
+        clock.now += 0.25
+        idle_s += 0.25 * free_cores
+        bake.follow(_state(SHADOWED), servables)
+        assert shadow.has_time == has_time
+    clock.now += 5.0  # nobody has looked since
+    assert not shadow.has_time
 
 
 def test_the_watch_compares_with_the_whole_rollout() -> None:

@@ -12,6 +12,7 @@ import pytest
 from modelport_server.rollout.comparison import ComparisonLimits, Verdict, VerdictKind, compare
 from modelport_server.rollout.evidence import Evidence, EvidenceSnapshot, Outcome
 from modelport_server.rollout.sequential import ODDS, Shares, paired, since, single, upper_limit
+from modelport_server.rollout.signs import engine_time, view
 from modelport_server.tensors import RawTensor
 from tests.support.simulated_rollouts import Fault, World, looks
 from tests.unit.test_evidence import SIGNATURE, Clock, raw
@@ -221,6 +222,18 @@ def test_an_engine_that_is_slow_and_never_idle_is_found() -> None:
                     evidence.on_time(SIGNATURE, 2, engine_us)
         pair.clock.now_s += 0.25
     assert pair.compare().kind is VerdictKind.WORSE
+
+
+def test_what_short_batches_take_longer_does_not_excuse_long_ones() -> None:
+    pair = Pair()
+    beside_each_other(pair, 40, 1000, 2200)
+    for _ in range(60):
+        for evidence, count, engine_us in ((pair.stable, 50, 40_000), (pair.candidate, 2, 80_000)):
+            batches(evidence, [], engine_us=engine_us, rows=64, count=count)
+        pair.clock.now_s += 0.25
+    found = engine_time(view(pair.stable.snapshot(), pair.candidate.snapshot(), concurrent=True), 1.5)
+    assert found.real
+    assert found.log_e > math.log(1 / LIMITS.false_alarm)
 
 
 def in_larger_batches(candidate_us: int) -> Verdict:

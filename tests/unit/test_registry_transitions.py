@@ -339,6 +339,30 @@ def test_the_way_back_passes_by_what_was_rejected_since() -> None:
         rollback(reject(state, 1))
 
 
+def promoted(*versions: int) -> State:
+    """Returns what is so after these have been put in charge one after another, each by a rollout."""
+    state = _stable(versions[0])
+    for version in versions[1:]:
+        state = t.complete(t.advance(start(state, version)), NOW)
+    return state
+
+
+def test_the_way_back_never_leads_to_where_it_began() -> None:
+    state = reject(promoted(1, 2, 3, 2), 3)
+    with pytest.raises(RegistryError, match="version 3, which was in charge before, was rejected"):
+        rollback(state)
+
+
+def test_the_way_back_leads_past_what_was_collected() -> None:
+    state = t.forget(promoted(1, 2, 3, 4), (3,))
+    assert rollback(state).aliases == {"stable": 2}
+    assert rollback(rollback(state)).aliases == {"stable": 1}
+    state = t.forget(promoted(1, 2, 3, 2, 4), (3,))
+    assert [(ended.version, ended.previous) for ended in state.promotions] == [(2, 1), (4, 2)]
+    assert rollback(rollback(state)).aliases == {"stable": 1}
+    assert t.forget(promoted(1, 2), ()).promotions == promoted(1, 2).promotions
+
+
 def test_pause_and_resume() -> None:
     state = t.pause(_candidate(2, 1))
     assert state.rollout is not None

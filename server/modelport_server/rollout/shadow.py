@@ -65,7 +65,7 @@ class Shadow:
         self._waiting_bytes = 0
         self._task: asyncio.Task[None] | None = None
         self._spare = SpareTime(lambda: candidate.pid)
-        self._is_idle = is_idle or self._spare.there_is
+        self._is_idle = is_idle if is_idle is not None else self._spare.there_is
         self._agreement: dict[str, Agreement] = {}
         self._copied = 0
         self._dropped = 0
@@ -75,6 +75,11 @@ class Shadow:
         """Looks whether the machine has a core to spare; to be called a few times a second."""
         self._spare.look()
 
+    @property
+    def has_time(self) -> bool:
+        """Whether the machine had a core to spare when last looked."""
+        return self._is_idle()
+
     def on_call(self, call: Call, now_s: float) -> None:
         """Copies a call that was answered, if it is among the share."""
         if call.future.cancelled() or call.future.exception() is not None:
@@ -83,7 +88,7 @@ class Shadow:
         if self._owed < 1 - 1e-9:
             return
         self._owed -= 1
-        if not self._has_room(call) or not self._is_idle():
+        if not self._has_room(call) or not self.has_time:
             self._dropped += 1
             return
         self._waiting.append(call)

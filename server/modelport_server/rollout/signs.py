@@ -7,7 +7,7 @@ it is says its ``log_e``. Both together make a verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -169,7 +169,7 @@ def _colder(stable: EvidenceSnapshot, candidate: EvidenceSnapshot) -> bool:
 
 def _calls_per_s(seen: EvidenceSnapshot) -> float:
     """Returns how many calls there were in a second, of those in which any ended."""
-    return seen.ended / _busy_s(seen) if len(seen.calls.windows) else 0.0
+    return float(seen.calls.counts[:, CALLS].sum()) / _busy_s(seen) if len(seen.calls.windows) else 0.0
 
 
 def _idle_s(seen: EvidenceSnapshot) -> float:
@@ -273,26 +273,34 @@ def engine_time(one: View, ratio: float) -> Sign:
     """Returns whether batches take longer than those of about the same size, or than larger ones."""
     if not one.paired:
         return _slower_alone(one, sorted(one.candidate.engine.keys() & one.stable.engine.keys()), ratio)
-    found = [(key, _as_large(one, key)) for key in sorted(one.candidate.engine)]
-    pairs = [one.times(stable, one.candidate.engine[key]) for key, stable in found if stable is not None]
-    same = all(stable is None or stable is one.stable.engine.get(key) for key, stable in found)
-    what = "batches of the same size take" if same else "batches that are no larger take"
-    return _slower(one, "engine", what, pairs, ratio)
+    same = {key for key in one.candidate.engine if _has_often(one, key)}
+    pairs = [one.times(one.stable.engine[key], one.candidate.engine[key]) for key in sorted(same)]
+    larger = _beside_larger(one, same)
+    what = "batches that are no larger take" if larger else "batches of the same size take"
+    return _slower(one, "engine", what, pairs + larger, ratio)
 
 
-def _as_large(one: View, key: tuple[str, int]) -> Counts | None:
-    """Returns the stable version's batches with which the candidate's of one size are compared.
+def _has_often(one: View, key: tuple[str, int]) -> bool:
+    """Returns whether the stable version mostly has batches of a size when the candidate has."""
+    stable, windows = one.stable.engine.get(key), one.candidate.engine[key].at(one.level).windows
+    return stable is not None and 2 * int(np.isin(windows, stable.at(one.level).windows).sum()) >= len(windows)
 
-    Those of that size; or, where it seldom has such when the candidate has, as its calls come in larger
-    batches, all that are as large or larger: they take no less time.
+
+def _beside_larger(one: View, same: Collection[tuple[str, int]]) -> list[Times]:
+    """Returns the times of the candidate's batches of other sizes, by signature, and of all that are larger.
+
+    Where calls come in large batches the stable version seldom has small ones, and larger ones take no less
+    time. No batch counts twice.
     """
-    signature, size = key
-    exact = one.stable.engine.get(key)
-    windows = one.candidate.engine[key].at(one.level).windows
-    if exact is not None and 2 * np.isin(windows, exact.at(one.level).windows).sum() >= len(windows):
-        return exact
-    larger = [counts for (name, rows), counts in one.stable.engine.items() if name == signature and rows >= size]
-    return joined(larger) if larger else None
+    others = one.candidate.engine.keys() - same
+    found: list[Times] = []
+    for signature in sorted({name for name, _ in others}):
+        mine = [key for key in others if key[0] == signature]
+        theirs = [key for key in one.stable.engine.keys() - same if key[0] == signature and key[1] >= max(mine)[1]]
+        if theirs:
+            now = joined([one.candidate.engine[key] for key in mine])
+            found.append(one.times(joined([one.stable.engine[key] for key in theirs]), now))
+    return found
 
 
 def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: float) -> Sign:
@@ -373,7 +381,7 @@ def usual_cold_ratio(one: View) -> float | None:
 
 def _explained(ratio: Floats | float, seconds: Floats | float) -> Floats:
     """Returns how many times as long something may take for being cold, of what it takes beside ``seconds``."""
-    return np.clip(ratio, 1.0, np.minimum(_COLD_RATIO, 1.0 + _COLD_S / np.asarray(seconds)))
+    return np.clip(ratio, 1.0, np.minimum(_COLD_RATIO, 1.0 + _COLD_S / np.maximum(seconds, 1e-9)))
 
 
 def _median(seconds: Floats, counts: Floats) -> float:
@@ -385,7 +393,12 @@ def _beyond(times: Times, ratio: float, cold_ratio: float) -> tuple[float, float
     """Returns how many of the candidate's times are beyond the limits, and of how many."""
     limit_s = _limit(_median(times.seconds, times.stable), ratio)
     counts = times.candidate.sum(axis=0)
-    return float(counts[times.seconds / cold_ratio > limit_s].sum()), float(counts.sum())
+    return float(counts[_warm(times, cold_ratio) > limit_s].sum()), float(counts.sum())
+
+
+def _warm(times: Times, cold_ratio: float) -> Floats:
+    """Returns the times, each without the part of it that is put down to a cold engine."""
+    return times.seconds / float(_explained(cold_ratio, _median(times.seconds, times.stable)))
 
 
 def _slow_sign(
@@ -412,7 +425,7 @@ def _time_bets(windows: Whole, pairs: Sequence[Times], ratio: float, cold_ratio:
     for times in pairs:
         place = np.searchsorted(windows, times.windows)
         below = (times.stable.cumsum(axis=1), times.candidate.cumsum(axis=1))
-        warm = times.seconds / cold_ratio
+        warm = _warm(times, cold_ratio)
         proof[:, place] += _order_bets(*below, _shifted(times.seconds, warm, math.sqrt(ratio), _TIME_FLOOR_S / 2))
         size[:, place] += _order_bets(*below, _shifted(times.seconds, warm, ratio, _TIME_FLOOR_S))
     return proof, size

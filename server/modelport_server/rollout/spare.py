@@ -8,6 +8,8 @@ from pathlib import Path
 from time import monotonic
 
 _LEAST_LOOK_S = 0.2
+_GOOD_FOR_S = 2.0
+"""For how long what was seen holds; looks come several times a second, if nothing is wrong."""
 _LEAST_SPARE_CORES = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -30,8 +32,8 @@ class SpareTime:
         self._spare = False
 
     def there_is(self) -> bool:
-        """Returns whether half a core was to spare when last looked; no before the first look."""
-        return self._spare
+        """Returns whether half a core was to spare when last looked; no before the first look, and long after one."""
+        return self._spare and monotonic() - self._looked_at_s < _GOOD_FOR_S
 
     def look(self) -> None:
         """Looks at the machine; what it has been busy with since a look of a moment ago says too little."""

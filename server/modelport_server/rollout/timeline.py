@@ -43,9 +43,10 @@ def joined(several: Sequence[Counts]) -> Counts:
     """Returns what several timelines counted together, in windows as long as the longest of theirs."""
     level = max(one.level for one in several)
     parts = [one.at(level) for one in several]
-    windows, place = np.unique(np.concatenate([one.windows for one in parts]), return_inverse=True)
+    windows = np.unique(np.concatenate([one.windows for one in parts]))
     counts = np.zeros((len(windows), parts[0].counts.shape[1]), np.int32)
-    np.add.at(counts, place, np.concatenate([one.counts for one in parts]))
+    for one in parts:
+        counts[np.searchsorted(windows, one.windows)] += one.counts
     return Counts(level, windows, counts, np.sum([one.totals for one in several], axis=0))
 
 
