@@ -384,7 +384,8 @@ def collect_garbage(
 ) -> None:
     """Remove old versions, and what publishes that died left behind.
 
-    Versions that an alias points at, or that a server holds, always stay.
+    Versions that an alias points at, that a rollback would lead to, or that a server
+    holds, always stay.
 
     Examples:
 

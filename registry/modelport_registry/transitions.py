@@ -207,7 +207,8 @@ def forget(state: State, versions: Collection[int]) -> State:
     promotions: list[Ended] = []
     for place, ended in enumerate(state.promotions):
         previous = _still_there(state.promotions[:place], ended.previous, versions)
-        if ended.version not in versions and previous not in (None, ended.version):
+        leads = previous is not None or ended.previous is None
+        if ended.version not in versions and leads and previous != ended.version:
             promotions.append(replace(ended, previous=previous))
     return replace(
         state,

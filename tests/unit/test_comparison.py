@@ -236,10 +236,24 @@ def test_what_short_batches_take_longer_does_not_excuse_long_ones() -> None:
     assert found.log_e > math.log(1 / LIMITS.false_alarm)
 
 
-def in_larger_batches(candidate_us: int) -> Verdict:
+def test_calls_of_earlier_phases_do_not_make_the_stable_version_busier() -> None:
+    pair = Pair()
+    for _ in range(60):
+        for evidence in (pair.stable, pair.candidate):
+            batches(evidence, [], engine_us=1000)
+        pair.clock.now_s += 0.25
+    stable = pair.stable.snapshot()
+    whole = stable.with_totals({name: 5 * count for name, count in stable.totals().items()})
+    assert whole.ended == 5 * stable.ended
+    assert not view(whole, pair.candidate.snapshot(), concurrent=False).colder
+
+
+def in_larger_batches(candidate_us: int, *, windows: int = 60, stray: bool = False) -> Verdict:
     """Compares a candidate that has one row in each batch with a stable version that hardly ever has."""
     pair = Pair()
-    for window in range(60):
+    if stray:
+        pair.candidate.on_time(SIGNATURE, 64, 30_000)
+    for window in range(windows):
         for _ in range(60):
             pair.stable.on_call(Outcome.ANSWERED, 0.012)
         for _ in range(10):
@@ -258,6 +272,7 @@ def test_a_batch_that_takes_longer_than_larger_ones_is_found() -> None:
     verdict = in_larger_batches(20_000)
     assert verdict.kind is VerdictKind.WORSE
     assert verdict.reason.startswith("batches that are no larger take ")
+    assert in_larger_batches(20_000, stray=True).kind is VerdictKind.WORSE
 
 
 def test_a_batch_that_takes_less_time_than_larger_ones_is_fine() -> None:
@@ -279,6 +294,21 @@ def test_times_that_can_not_be_judged_yet_are_waited_for() -> None:
     verdict = beside_each_other(Pair(), 15, 1000, 1000, candidate=7)
     assert (verdict.kind, verdict.figures["candidate_calls"]) == (VerdictKind.WAITING, 105)
     assert "to tell how long its engine takes" in verdict.reason
+
+
+def test_batches_that_can_not_be_judged_yet_are_waited_for() -> None:
+    """Though calls can, which take long because they wait for their batch."""
+    pair = Pair()
+    for window in range(60):
+        for evidence, calls, count in ((pair.stable, 60, 10), (pair.candidate, 7, 1)):
+            for _ in range(calls):
+                evidence.on_call(Outcome.ANSWERED, 0.02)
+            for _ in range(count):
+                evidence.on_time(SIGNATURE, 6, 4000)
+        pair.clock.now_s += 0.25
+        if window == 15:
+            assert pair.compare().kind is VerdictKind.WAITING
+    assert pair.compare().kind is VerdictKind.FINE
 
 
 def test_long_batches_are_judged_from_the_first_on() -> None:

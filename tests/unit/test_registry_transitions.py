@@ -361,6 +361,8 @@ def test_the_way_back_leads_past_what_was_collected() -> None:
     assert [(ended.version, ended.previous) for ended in state.promotions] == [(2, 1), (4, 2)]
     assert rollback(rollback(state)).aliases == {"stable": 1}
     assert t.forget(promoted(1, 2), ()).promotions == promoted(1, 2).promotions
+    first = replace(PROMOTED, previous=None)
+    assert t.forget(_stable(2, promotions=(first,)), (1,)).promotions == (first,)
 
 
 def test_pause_and_resume() -> None:

@@ -273,11 +273,17 @@ def engine_time(one: View, ratio: float) -> Sign:
     """Returns whether batches take longer than those of about the same size, or than larger ones."""
     if not one.paired:
         return _slower_alone(one, sorted(one.candidate.engine.keys() & one.stable.engine.keys()), ratio)
-    same = {key for key in one.candidate.engine if _has_often(one, key)}
-    pairs = [one.times(one.stable.engine[key], one.candidate.engine[key]) for key in sorted(same)]
-    larger = _beside_larger(one, same)
+    same, larger = _batch_times(one)
     what = "batches that are no larger take" if larger else "batches of the same size take"
-    return _slower(one, "engine", what, pairs + larger, ratio)
+    return _slower(one, "engine", what, same + larger, ratio)
+
+
+def _batch_times(one: View) -> tuple[list[Times], list[Times]]:
+    """Returns the times of the candidate's batches beside those of the same size, and of others beside larger ones."""
+    same = {key for key in one.candidate.engine if _has_often(one, key)}
+    return [one.times(one.stable.engine[key], one.candidate.engine[key]) for key in sorted(same)], _beside_larger(
+        one, same
+    )
 
 
 def _has_often(one: View, key: tuple[str, int]) -> bool:
@@ -287,19 +293,22 @@ def _has_often(one: View, key: tuple[str, int]) -> bool:
 
 
 def _beside_larger(one: View, same: Collection[tuple[str, int]]) -> list[Times]:
-    """Returns the times of the candidate's batches of other sizes, by signature, and of all that are larger.
+    """Returns the times of the candidate's batches of other sizes, each beside those that are as large or larger.
 
     Where calls come in large batches the stable version seldom has small ones, and larger ones take no less
-    time. No batch counts twice.
+    time. No batch counts twice: each of the stable version's is compared with the largest that is no larger.
     """
-    others = one.candidate.engine.keys() - same
     found: list[Times] = []
-    for signature in sorted({name for name, _ in others}):
-        mine = [key for key in others if key[0] == signature]
-        theirs = [key for key in one.stable.engine.keys() - same if key[0] == signature and key[1] >= max(mine)[1]]
+    below: dict[str, int] = {}
+    for signature, size in sorted(one.candidate.engine.keys() - same, reverse=True):
+        theirs = [
+            counts
+            for key, counts in one.stable.engine.items()
+            if key not in same and key[0] == signature and size <= key[1] < below.get(signature, key[1] + 1)
+        ]
         if theirs:
-            now = joined([one.candidate.engine[key] for key in mine])
-            found.append(one.times(joined([one.stable.engine[key] for key in theirs]), now))
+            below[signature] = size
+            found.append(one.times(joined(theirs), one.candidate.engine[signature, size]))
     return found
 
 
@@ -319,7 +328,8 @@ def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: floa
     real = enough and size.log_e >= _SURE_OF_SIZE and slow > of / 2
     most = max(tails, key=lambda times: float(times.candidate.sum()))
     medians = (_median(most.seconds, most.stable), _median(most.seconds, most.candidate))
-    return _slow_sign(name, what, proof.log_e, real, medians, f"of {of:.0f} {one.ago(first)}", cold_ratio)
+    explained = float(_explained(cold_ratio, medians[0]))
+    return _slow_sign(name, what, proof.log_e, real, medians, f"of {of:.0f} {one.ago(first)}", explained)
 
 
 def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times], float]:
@@ -339,7 +349,7 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     if most <= _LITTLE:
         return pairs, most
     windows, place = np.unique(np.concatenate([times.windows for times in pairs]), return_inverse=True)
-    counts = np.concatenate([times.candidate.sum(axis=1) for times in pairs])
+    counts = np.concatenate([times.candidate.sum(axis=1) * (times.stable.sum(axis=1) > 0) for times in pairs])
     so_far = np.bincount(place, counts, len(windows)).cumsum()
     last = max(int(np.searchsorted(so_far, _FIRST_TIMES)), math.ceil(_FIRST_S / length_s) - 1)
     if last >= len(windows):
@@ -365,8 +375,6 @@ def _usual_ratio(pairs: Sequence[Times], last: int) -> float:
         ratios.append(_explained(times.seconds / middles, middles).ravel())
         weights.append(times.candidate[both].ravel())
     all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
-    if not all_weights.any():
-        return 1.0
     order = all_ratios.argsort()
     return float(all_ratios[order][np.searchsorted(all_weights[order].cumsum(), all_weights.sum() / 2)])
 
@@ -376,7 +384,10 @@ def usual_cold_ratio(one: View) -> float | None:
     if not (one.paired and one.colder):
         return 1.0
     rest, ratio = _without_first([one.times(one.stable.calls, one.candidate.calls, TIMES)], one.length_s)
-    return ratio if rest else None
+    same, larger = _batch_times(one)
+    batches = [times for times in same + larger if times.stable.sum() >= LEAST_STABLE and times.candidate.sum()]
+    known = rest and (not batches or _without_first(batches, one.length_s)[0])
+    return ratio if known else None
 
 
 def _explained(ratio: Floats | float, seconds: Floats | float) -> Floats:
