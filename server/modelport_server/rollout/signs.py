@@ -58,8 +58,6 @@ _COLD_RATIO = 2.5
 """How many times as long a cold engine takes at most."""
 _COLD_S = 0.004
 """And how much longer: by then the caches are filled again."""
-_LITTLE = 1.25
-"""So much longer a cold engine may take without having shown that it does."""
 _FIRST_TIMES = 24
 _FIRST_S = 4.0
 """How many of the candidate's first times say what a cold engine takes, in how many seconds at least."""
@@ -336,8 +334,7 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     """Takes the windows of the candidate's first times out; returns the others, and how much longer the first were.
 
     The gates have measured the candidate beside the stable version when both were warm. So what its first
-    batches take more is put down to its having been idle, as far as that can be the reason. Where that is
-    little, because batches are long, it is allowed for at once, and nothing is taken out.
+    batches take more is put down to its having been idle, as far as that can be the reason.
 
     Returns:
         What is left, nothing where there were too few times, and how many times as long a cold engine may take.
@@ -345,9 +342,6 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     pairs = [times for times in pairs if times.stable.sum() and times.candidate.sum()]
     if not pairs:
         return [], 1.0
-    most = max(float(_explained(_COLD_RATIO, _median(times.seconds, times.stable))) for times in pairs)
-    if most <= _LITTLE:
-        return pairs, most
     windows, place = np.unique(np.concatenate([times.windows for times in pairs]), return_inverse=True)
     counts = np.concatenate([times.candidate.sum(axis=1) * (times.stable.sum(axis=1) > 0) for times in pairs])
     so_far = np.bincount(place, counts, len(windows)).cumsum()
