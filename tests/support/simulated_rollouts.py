@@ -29,6 +29,8 @@ _LOG_SECONDS = np.log(_SECONDS)
 CLASSES = 10
 _FEW, _SELDOM_PER_S = 0.4, 200.0
 """A candidate with a smaller share of the calls, and fewer of them in a second, is cold."""
+_LARGER = 1.3
+"""How many times as long a larger batch takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class World:
     slow_factor: float = 4.0
     cold: float = 1.0
     """How many times as long the candidate takes while it has far fewer calls than the stable version."""
+    alike: float = 1.0
+    """The share of the stable version's batches that are as small as the candidate's."""
     errors: float = 0.0
     """The share of the calls that fail, of either version."""
     errors_when_slow: float = 0.0
@@ -91,12 +95,17 @@ class _Done:
 
     calls: NDArray[np.int32]
     engine: NDArray[np.int32]
+    larger: NDArray[np.int32]
     outputs: NDArray[np.int32]
 
     def until(self, windows: int) -> EvidenceSnapshot:
         return EvidenceSnapshot(
             calls=_counts(self.calls, windows),
-            engine={("serving_default", 2): _counts(self.engine, windows)},
+            engine={
+                ("serving_default", size): _counts(times, windows)
+                for size, times in ((2, self.engine), (8, self.larger))
+                if times.any()
+            },
             outputs={
                 ("serving_default", "scores"): OutputCounts(
                     tuple(range(CLASSES)), False, _counts(self.outputs, windows)
@@ -141,7 +150,7 @@ def _simulate(world: World, share: Floats, rng: np.random.Generator) -> tuple[_D
     good = replace(world, fault=Fault())
     return (
         _version(good, calls - mine, median, failing, mix, rng),
-        _version(world, mine, median + few * np.log(world.cold), failing, mix, rng),
+        _version(replace(world, alike=1.0), mine, median + few * np.log(world.cold), failing, mix, rng),
     )
 
 
@@ -175,7 +184,9 @@ def _version(
     done = np.zeros((len(calls), TIMES + BUCKETS), np.int32)
     done[:, CALLS], done[:, FAILED] = calls, failed
     done[:, TIMES:] = _times(calls - failed, median + np.log(1.5), world, rng)
-    engine = _times(calls - failed, median, world, rng)
+    small = rng.binomial(calls - failed, world.alike) if world.alike < 1 else calls - failed
+    engine = _times(small, median, world, rng)
+    larger = _times(calls - failed - small, median + np.log(_LARGER), world, rng)
     outputs = np.zeros((len(calls), LABELS + 64), np.int32)
     answered = calls - failed
     broken = rng.binomial(answered, bad * world.fault.non_finite)
@@ -184,7 +195,7 @@ def _version(
     outputs[:, BATCHES] = -(-answered // world.together)
     outputs[:, LABELS : LABELS + CLASSES] = rng.multinomial(answered - broken - forced, mix)
     outputs[:, LABELS] += forced.astype(np.int32)
-    return _Done(done, engine, outputs)
+    return _Done(done, engine, larger, outputs)
 
 
 def _times(calls: NDArray[np.int64], median: Floats, world: World, rng: np.random.Generator) -> NDArray[np.int32]:

@@ -293,8 +293,8 @@ def test_what_is_slow_for_both_while_the_first_batches_run_is_not_put_down_to_fe
 
 
 def test_times_that_can_not_be_judged_yet_are_waited_for() -> None:
-    verdict = beside_each_other(Pair(), 15, 1000, 1000, candidate=7)
-    assert (verdict.kind, verdict.figures["candidate_calls"]) == (VerdictKind.WAITING, 105)
+    verdict = beside_each_other(Pair(), 11, 1000, 1000, candidate=10)
+    assert (verdict.kind, verdict.figures["candidate_calls"]) == (VerdictKind.WAITING, 110)
     assert "to tell how long its engine takes" in verdict.reason
 
 
@@ -319,6 +319,13 @@ def test_an_engine_that_is_idle_and_takes_longer_than_it_did_is_found() -> None:
     verdict = beside_each_other(pair, 60, 1000, 3400)
     assert verdict.kind is VerdictKind.WORSE
     assert "ms are put down to its having few calls" in verdict.reason
+
+
+def test_an_engine_that_is_idle_and_computes_twice_as_long_as_it_did_is_found() -> None:
+    """What it takes for being idle does not double, so that it takes 1.6 times as long as it did."""
+    pair = Pair()
+    assert beside_each_other(pair, 120, 1000, 1700).kind is VerdictKind.FINE
+    assert beside_each_other(pair, 60, 1000, 2700).kind is VerdictKind.WORSE
 
 
 def test_an_engine_that_takes_far_longer_than_an_idle_one_may_is_found() -> None:

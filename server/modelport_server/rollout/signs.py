@@ -59,8 +59,7 @@ _COLD_RATIO = 2.5
 _COLD_S = 0.004
 """And how much longer: by then the caches are filled again."""
 _FIRST_TIMES = 24
-_FIRST_S = 4.0
-"""How many of the candidate's first times say what a cold engine takes, in how many seconds at least."""
+"""How many of the candidate's first times say what a cold engine takes; of a shortest window no more than count."""
 _MAX_NON_FINITE = 0.002
 LEAST_STABLE = 30
 """Fewer calls or batches of the stable version say nothing about what is usual."""
@@ -336,6 +335,10 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
     The gates have measured the candidate beside the stable version when both were warm. So what its first
     batches take more is put down to its having been idle, as far as that can be the reason.
 
+    Args:
+        pairs: the times.
+        length_s: how long a window is, in seconds.
+
     Returns:
         What is left, nothing where there were too few times, and how many times as long a cold engine may take.
     """
@@ -344,8 +347,9 @@ def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times]
         return [], 1.0
     windows, place = np.unique(np.concatenate([times.windows for times in pairs]), return_inverse=True)
     counts = np.concatenate([times.candidate.sum(axis=1) * (times.stable.sum(axis=1) > 0) for times in pairs])
-    so_far = np.bincount(place, counts, len(windows)).cumsum()
-    last = max(int(np.searchsorted(so_far, _FIRST_TIMES)), math.ceil(_FIRST_S / length_s) - 1)
+    independent = _TIME_UNITS * length_s / WINDOW_S
+    so_far = np.minimum(np.bincount(place, counts, len(windows)), independent).cumsum()
+    last = int(np.searchsorted(so_far, _FIRST_TIMES))
     if last >= len(windows):
         return [], 1.0
     rest = [times.since(int(windows[last]) + 1) for times in pairs]
@@ -364,8 +368,7 @@ def _usual_ratio(pairs: Sequence[Times], last: int) -> float:
     weights: list[Floats] = []
     for times in pairs:
         both = (times.windows <= last) & (times.stable.sum(axis=1) > 0)
-        below = times.stable[both].cumsum(axis=1)
-        middles = times.seconds[(below >= below[:, -1:] / 2).argmax(axis=1), np.newaxis]
+        middles = _middles(times.seconds, times.stable[both])[:, np.newaxis]
         ratios.append(_explained(times.seconds / middles, middles).ravel())
         weights.append(times.candidate[both].ravel())
     all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
@@ -389,6 +392,13 @@ def _explained(ratio: Floats | float, seconds: Floats | float) -> Floats:
     return np.clip(ratio, 1.0, np.minimum(_COLD_RATIO, 1.0 + _COLD_S / np.maximum(seconds, 1e-9)))
 
 
+def _middles(seconds: Floats, counts: Floats) -> Floats:
+    """Returns the median of each window; the first column's time where there is nothing."""
+    below = counts.cumsum(axis=1)
+    middles: Floats = seconds[(below >= below[:, -1:] / 2).argmax(axis=1)]
+    return middles
+
+
 def _median(seconds: Floats, counts: Floats) -> float:
     below = counts.sum(axis=0).cumsum()
     return float(seconds[np.searchsorted(below, below[-1] / 2)]) if below[-1] else 0.0
@@ -397,13 +407,19 @@ def _median(seconds: Floats, counts: Floats) -> float:
 def _beyond(times: Times, ratio: float, cold_ratio: float) -> tuple[float, float]:
     """Returns how many of the candidate's times are beyond the limits, and of how many."""
     limit_s = _limit(_median(times.seconds, times.stable), ratio)
-    counts = times.candidate.sum(axis=0)
-    return float(counts[_warm(times, cold_ratio) > limit_s].sum()), float(counts.sum())
+    warm = times.seconds - _put_down(times, cold_ratio)[:, np.newaxis]
+    return float(times.candidate[warm > limit_s].sum()), float(times.candidate.sum())
 
 
-def _warm(times: Times, cold_ratio: float) -> Floats:
-    """Returns the times, each without the part of it that is put down to a cold engine."""
-    return times.seconds / float(_explained(cold_ratio, _median(times.seconds, times.stable)))
+def _put_down(times: Times, cold_ratio: float) -> Floats:
+    """Returns, by window, how many seconds of the candidate's times are put down to its engine's being cold.
+
+    To fill caches takes the same whatever the batch takes besides, so that twice the time is no more than
+    ``1 + cold_ratio`` times the stable version's; and it becomes slower with everything else, so that it
+    is measured by what the stable version takes in the same window.
+    """
+    explained = float(_explained(cold_ratio, _median(times.seconds, times.stable)))
+    return (explained - 1.0) * _middles(times.seconds, times.stable)
 
 
 def _slow_sign(
@@ -430,24 +446,28 @@ def _time_bets(windows: Whole, pairs: Sequence[Times], ratio: float, cold_ratio:
     for times in pairs:
         place = np.searchsorted(windows, times.windows)
         below = (times.stable.cumsum(axis=1), times.candidate.cumsum(axis=1))
-        warm = _warm(times, cold_ratio)
-        proof[:, place] += _order_bets(*below, _shifted(times.seconds, warm, math.sqrt(ratio), _TIME_FLOOR_S / 2))
-        size[:, place] += _order_bets(*below, _shifted(times.seconds, warm, ratio, _TIME_FLOOR_S))
+        put_down = _put_down(times, cold_ratio)
+        proof[:, place] += _order_bets(*below, _shifted(times.seconds, put_down, math.sqrt(ratio), _TIME_FLOOR_S / 2))
+        size[:, place] += _order_bets(*below, _shifted(times.seconds, put_down, ratio, _TIME_FLOOR_S))
     return proof, size
 
 
-def _shifted(seconds: Floats, warm: Floats, ratio: float, floor_s: float) -> NDArray[np.intp]:
-    """Returns up to which column times lie that are no longer than each column's once they are shortened.
+def _shifted(seconds: Floats, put_down: Floats, ratio: float, floor_s: float) -> NDArray[np.intp]:
+    """Returns up to which column times lie that are no longer than each column's once they are shortened, by window.
 
     Args:
         seconds: the times of the columns.
-        warm: the same, less what is put down to a cold engine.
+        put_down: what is taken off first, in seconds, by window.
         ratio: they are shortened to one part in so many.
         floor_s: they are shortened by so many seconds at least.
     """
+    different, which = np.unique(put_down, return_inverse=True)
+    warm = seconds - different[:, np.newaxis]
     shorter = np.maximum(np.minimum(warm / ratio, warm - floor_s), seconds[0])
     buckets = (np.log2(shorter / seconds[0]) * BUCKETS_PER_OCTAVE + 0.5).astype(np.int64)
-    return np.searchsorted(buckets, np.arange(len(seconds)), side="right") - 1
+    columns = np.arange(len(seconds))
+    last = [np.searchsorted(row, columns, side="right") - 1 for row in buckets]
+    return np.stack(last)[which]
 
 
 def _order_bets(before: Floats, now: Floats, last: NDArray[np.intp]) -> Floats:
@@ -455,7 +475,7 @@ def _order_bets(before: Floats, now: Floats, last: NDArray[np.intp]) -> Floats:
 
     A hit is a time above a quantile of all times of its window, so that only their order matters.
     """
-    now = now[:, last]
+    now = np.take_along_axis(now, last, axis=1)
     both, rows = before + now, np.arange(len(before))
     units = np.full(len(before), _TIME_UNITS)
     bets: list[Floats] = []
