@@ -34,11 +34,10 @@ from modelport_server.rollout.evidence import (
 )
 from modelport_server.rollout.sequential import ODDS, Floats, Shares, paired, since, single, upper_limit
 from modelport_server.rollout.timeline import WINDOW_S, Counts, Whole, joined
+from modelport_server.rollout.times import TIME_UNITS, Change, FirstTimes, Times
 
 _UNITS = 4.0
 """How many independent ones whatever happens in one window counts for at most."""
-_TIME_UNITS = 2.0
-"""The same for times: calls of one batch take the same, and one cause slows several batches."""
 _LONE_UNITS = 10.0
 _LONE_TIME_UNITS = 0.5
 _LONE_SLACK = 1.25
@@ -58,8 +57,6 @@ _COLD_RATIO = 2.5
 """How many times as long a cold engine takes at most."""
 _COLD_S = 0.004
 """And how much longer: by then the caches are filled again."""
-_FIRST_TIMES = 24
-"""How many of the candidate's first times say what a cold engine takes; of a shortest window no more than count."""
 _MAX_NON_FINITE = 0.002
 LEAST_STABLE = 30
 """Fewer calls or batches of the stable version say nothing about what is usual."""
@@ -88,22 +85,6 @@ class Sign:
 
 def _floats(counts: NDArray[np.int32]) -> Floats:
     return counts.astype(np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Histograms of both versions' times, window by window."""
-
-    seconds: Floats
-    """The times of the columns."""
-    windows: Whole
-    stable: Floats
-    candidate: Floats
-
-    def since(self, first: int) -> Times:
-        """Returns those of the windows from ``first`` on."""
-        keep = self.windows >= first
-        return Times(self.seconds, self.windows[keep], self.stable[keep], self.candidate[keep])
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,12 +291,23 @@ def _beside_larger(one: View, same: Collection[tuple[str, int]]) -> list[Times]:
 
 
 def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: float) -> Sign:
-    pairs = [times for times in pairs if times.stable.sum() >= LEAST_STABLE]
-    cold_ratio = 1.0
-    if one.colder:
-        pairs, cold_ratio = _without_first(pairs, one.length_s)
+    """Returns whether times are longer than the stable version's, or, for having few calls, than they were at first."""
+    pairs = [times for times in pairs if times.stable.sum() >= LEAST_STABLE and times.candidate.sum()]
     if not pairs:
         return Sign(name)
+    if not one.colder:
+        return _slower_than_stable(one, name, what, pairs, ratio, 1.0)
+    both = (
+        _slower_than_stable(one, name, what, pairs, ratio, _COLD_RATIO),
+        _slower_than_at_first(one, name, what, pairs, ratio),
+    )
+    sign = max(both, key=lambda sign: (sign.real, sign.log_e))
+    return replace(sign, log_e=sign.log_e - math.log(len(both)))
+
+
+def _slower_than_stable(
+    one: View, name: str, what: str, pairs: Sequence[Times], ratio: float, cold_ratio: float
+) -> Sign:
     windows = np.unique(np.concatenate([times.windows for times in pairs]))
     proof, size = (since(bets) for bets in _time_bets(windows, pairs, ratio, cold_ratio))
     first = int(windows[proof.first])
@@ -329,74 +321,68 @@ def _slower(one: View, name: str, what: str, pairs: Sequence[Times], ratio: floa
     return _slow_sign(name, what, proof.log_e, real, medians, f"of {of:.0f} {one.ago(first)}", explained)
 
 
-def _without_first(pairs: Sequence[Times], length_s: float) -> tuple[list[Times], float]:
-    """Takes the windows of the candidate's first times out; returns the others, and how much longer the first were.
+def _slower_than_at_first(one: View, name: str, what: str, pairs: Sequence[Times], ratio: float) -> Sign:
+    """Returns whether times have become longer than the candidate's first, both beside the stable version's.
 
-    The gates have measured the candidate beside the stable version when both were warm. So what its first
-    batches take more is put down to its having been idle, as far as that can be the reason.
-
-    Args:
-        pairs: the times.
-        length_s: how long a window is, in seconds.
-
-    Returns:
-        What is left, nothing where there were too few times, and how many times as long a cold engine may take.
+    The gates have measured the candidate beside the stable version when both were warm. So what its first batches
+    take more is put down to its having been idle, as far as that can be the reason. The test is Student's,
+    of the logarithms: what it says is the likelihood ratio, divided by how many windows it may have begun in.
     """
-    pairs = [times for times in pairs if times.stable.sum() and times.candidate.sum()]
-    if not pairs:
-        return [], 1.0
-    windows, place = np.unique(np.concatenate([times.windows for times in pairs]), return_inverse=True)
-    counts = np.concatenate([times.candidate.sum(axis=1) * (times.stable.sum(axis=1) > 0) for times in pairs])
-    independent = _TIME_UNITS * length_s / WINDOW_S
-    so_far = np.minimum(np.bincount(place, counts, len(windows)), independent).cumsum()
-    last = int(np.searchsorted(so_far, _FIRST_TIMES))
-    if last >= len(windows):
-        return [], 1.0
-    rest = [times.since(int(windows[last]) + 1) for times in pairs]
-    rest = [times for times in rest if times.stable.sum() and times.candidate.sum()]
-    return rest, _usual_ratio(pairs, int(windows[last]))
+    known = [first for first in (FirstTimes.of(times, one.length_s) for times in pairs) if first.known]
+    if not known:
+        return Sign(name)
+    windows = np.unique(np.concatenate([first.windows for first in known]))
+    found = Sign(name)
+    for begin in _begins(windows):
+        changes = [(first, change) for first in known if (change := first.change(begin)) is not None]
+        log_e = _log_likelihood_ratio([change for _, change in changes]) - math.log(len(windows))
+        if log_e > found.log_e:
+            most, change = max(changes, key=lambda one: one[1].freedom)
+            tail = most.times.since(begin)
+            medians = (_median(tail.seconds, tail.stable), _median(tail.seconds, tail.candidate))
+            explained = float(_explained(most.usual, medians[0]))
+            # To fill caches takes no longer in a model that computes longer: it is added, not multiplied.
+            limit_s = _limit(medians[0], ratio) + medians[0] * (explained - 1)
+            enough = int((windows >= begin).sum()) >= _LEAST_TIME_WINDOWS
+            real = enough and medians[0] * change.now > limit_s
+            of = f"of {tail.candidate.sum():.0f} {one.ago(begin)}"
+            found = _slow_sign(name, what, log_e, real, medians, of, explained)
+    return found
 
 
-def _usual_ratio(pairs: Sequence[Times], last: int) -> float:
-    """Returns how many times as long the candidate takes as the stable version in the same windows, in the median.
+def _log_likelihood_ratio(changes: Sequence[Change]) -> float:
+    """Returns how much likelier several differences are with their common mean than without any; 0 if that is below."""
+    precision = sum(1 / change.variance for change in changes)
+    score = sum(change.difference / change.variance for change in changes) / math.sqrt(precision)
+    freedom = sum(change.freedom for change in changes)
+    return freedom / 2 * math.log1p(max(score, 0.0) ** 2 / freedom)
 
-    Args:
-        pairs: the times.
-        last: the last window that counts.
-    """
-    ratios: list[Floats] = []
-    weights: list[Floats] = []
-    for times in pairs:
-        both = (times.windows <= last) & (times.stable.sum(axis=1) > 0)
-        middles = _middles(times.seconds, times.stable[both])[:, np.newaxis]
-        ratios.append(_explained(times.seconds / middles, middles).ravel())
-        weights.append(times.candidate[both].ravel())
-    all_ratios, all_weights = np.concatenate(ratios), np.concatenate(weights)
-    order = all_ratios.argsort()
-    return float(all_ratios[order][np.searchsorted(all_weights[order].cumsum(), all_weights.sum() / 2)])
+
+def _begins(windows: Whole) -> list[int]:
+    """Returns the windows from which on it may have changed: all, the latter half, the last quarter and so on."""
+    found = [int(windows[0])]
+    length = len(windows) // 2
+    while length >= _LEAST_TIME_WINDOWS:
+        found.append(int(windows[-length]))
+        length //= 2
+    return found
 
 
 def usual_cold_ratio(one: View) -> float | None:
     """Returns how many times as long the candidate's calls may take for having few; None if that is not known yet."""
     if not (one.paired and one.colder):
         return 1.0
-    rest, ratio = _without_first([one.times(one.stable.calls, one.candidate.calls, TIMES)], one.length_s)
+    calls = FirstTimes.of(one.times(one.stable.calls, one.candidate.calls, TIMES), one.length_s)
     same, larger = _batch_times(one)
     batches = [times for times in same + larger if times.stable.sum() >= LEAST_STABLE and times.candidate.sum()]
-    known = rest and (not batches or _without_first(batches, one.length_s)[0])
-    return ratio if known else None
+    most = max(batches, key=lambda times: float(times.candidate.sum()), default=None)
+    known = calls.known and (most is None or FirstTimes.of(most, one.length_s).known)
+    return max(calls.usual, 1.0) if known else None
 
 
 def _explained(ratio: Floats | float, seconds: Floats | float) -> Floats:
     """Returns how many times as long something may take for being cold, of what it takes beside ``seconds``."""
     return np.clip(ratio, 1.0, np.minimum(_COLD_RATIO, 1.0 + _COLD_S / np.maximum(seconds, 1e-9)))
-
-
-def _middles(seconds: Floats, counts: Floats) -> Floats:
-    """Returns the median of each window; the first column's time where there is nothing."""
-    below = counts.cumsum(axis=1)
-    middles: Floats = seconds[(below >= below[:, -1:] / 2).argmax(axis=1)]
-    return middles
 
 
 def _median(seconds: Floats, counts: Floats) -> float:
@@ -407,19 +393,13 @@ def _median(seconds: Floats, counts: Floats) -> float:
 def _beyond(times: Times, ratio: float, cold_ratio: float) -> tuple[float, float]:
     """Returns how many of the candidate's times are beyond the limits, and of how many."""
     limit_s = _limit(_median(times.seconds, times.stable), ratio)
-    warm = times.seconds - _put_down(times, cold_ratio)[:, np.newaxis]
-    return float(times.candidate[warm > limit_s].sum()), float(times.candidate.sum())
+    counts = times.candidate.sum(axis=0)
+    return float(counts[_warm(times, cold_ratio) > limit_s].sum()), float(counts.sum())
 
 
-def _put_down(times: Times, cold_ratio: float) -> Floats:
-    """Returns, by window, how many seconds of the candidate's times are put down to its engine's being cold.
-
-    To fill caches takes the same whatever the batch takes besides, so that twice the time is no more than
-    ``1 + cold_ratio`` times the stable version's; and it becomes slower with everything else, so that it
-    is measured by what the stable version takes in the same window.
-    """
-    explained = float(_explained(cold_ratio, _median(times.seconds, times.stable)))
-    return (explained - 1.0) * _middles(times.seconds, times.stable)
+def _warm(times: Times, cold_ratio: float) -> Floats:
+    """Returns the times, each without the part of it that is put down to a cold engine."""
+    return times.seconds / float(_explained(cold_ratio, _median(times.seconds, times.stable)))
 
 
 def _slow_sign(
@@ -446,28 +426,24 @@ def _time_bets(windows: Whole, pairs: Sequence[Times], ratio: float, cold_ratio:
     for times in pairs:
         place = np.searchsorted(windows, times.windows)
         below = (times.stable.cumsum(axis=1), times.candidate.cumsum(axis=1))
-        put_down = _put_down(times, cold_ratio)
-        proof[:, place] += _order_bets(*below, _shifted(times.seconds, put_down, math.sqrt(ratio), _TIME_FLOOR_S / 2))
-        size[:, place] += _order_bets(*below, _shifted(times.seconds, put_down, ratio, _TIME_FLOOR_S))
+        warm = _warm(times, cold_ratio)
+        proof[:, place] += _order_bets(*below, _shifted(times.seconds, warm, math.sqrt(ratio), _TIME_FLOOR_S / 2))
+        size[:, place] += _order_bets(*below, _shifted(times.seconds, warm, ratio, _TIME_FLOOR_S))
     return proof, size
 
 
-def _shifted(seconds: Floats, put_down: Floats, ratio: float, floor_s: float) -> NDArray[np.intp]:
-    """Returns up to which column times lie that are no longer than each column's once they are shortened, by window.
+def _shifted(seconds: Floats, warm: Floats, ratio: float, floor_s: float) -> NDArray[np.intp]:
+    """Returns up to which column times lie that are no longer than each column's once they are shortened.
 
     Args:
         seconds: the times of the columns.
-        put_down: what is taken off first, in seconds, by window.
+        warm: the same, less what is put down to a cold engine.
         ratio: they are shortened to one part in so many.
         floor_s: they are shortened by so many seconds at least.
     """
-    different, which = np.unique(put_down, return_inverse=True)
-    warm = seconds - different[:, np.newaxis]
     shorter = np.maximum(np.minimum(warm / ratio, warm - floor_s), seconds[0])
     buckets = (np.log2(shorter / seconds[0]) * BUCKETS_PER_OCTAVE + 0.5).astype(np.int64)
-    columns = np.arange(len(seconds))
-    last = [np.searchsorted(row, columns, side="right") - 1 for row in buckets]
-    return np.stack(last)[which]
+    return np.searchsorted(buckets, np.arange(len(seconds)), side="right") - 1
 
 
 def _order_bets(before: Floats, now: Floats, last: NDArray[np.intp]) -> Floats:
@@ -475,9 +451,9 @@ def _order_bets(before: Floats, now: Floats, last: NDArray[np.intp]) -> Floats:
 
     A hit is a time above a quantile of all times of its window, so that only their order matters.
     """
-    now = np.take_along_axis(now, last, axis=1)
+    now = now[:, last]
     both, rows = before + now, np.arange(len(before))
-    units = np.full(len(before), _TIME_UNITS)
+    units = np.full(len(before), TIME_UNITS)
     bets: list[Floats] = []
     for share in _QUANTILES:
         cut = (both >= share * both[:, -1:]).argmax(axis=1)
