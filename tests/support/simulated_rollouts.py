@@ -29,6 +29,8 @@ _LOG_SECONDS = np.log(_SECONDS)
 CLASSES = 10
 _FEW, _SELDOM_PER_S = 0.4, 200.0
 """A candidate with a smaller share of the calls, and fewer of them in a second, is cold."""
+_SIZE, _LARGER_SIZE = 2, 8
+"""Of batches, in rows."""
 _LARGER = 1.3
 """How many times as long a larger batch takes."""
 
@@ -103,8 +105,8 @@ class _Done:
             calls=_counts(self.calls, windows),
             engine={
                 ("serving_default", size): _counts(times, windows)
-                for size, times in ((2, self.engine), (8, self.larger))
-                if times.any()
+                for size, times in ((_SIZE, self.engine), (_LARGER_SIZE, self.larger))
+                if times[:windows].any()
             },
             outputs={
                 ("serving_default", "scores"): OutputCounts(
