@@ -19,9 +19,9 @@ from modelport_server.rollout.signs import (
     View,
     engine_time,
     errors,
+    first_ratio,
     latency,
     outputs,
-    usual_cold_ratio,
     view,
 )
 
@@ -102,12 +102,12 @@ def compare(
         return Verdict(VerdictKind.DOUBTFUL, f"it may be worse: {why}", figures)
     if why := _too_little(stable, candidate, limits):
         return Verdict(VerdictKind.WAITING, why, figures)
-    cold_ratio = usual_cold_ratio(one)
-    if cold_ratio is None:
+    at_first = first_ratio(one)
+    if at_first is None:
         why = f"too few calls, or too short a time, to tell how long its engine takes: {candidate.ended} so far"
         return Verdict(VerdictKind.WAITING, why, figures)
-    if cold_ratio > 1:
-        figures["cold_ratio"] = round(cold_ratio, 3)
+    if at_first > 1:
+        figures["first_ratio"] = round(at_first, 3)
     return Verdict(VerdictKind.FINE, f"no worse in {candidate.ended} calls", figures)
 
 

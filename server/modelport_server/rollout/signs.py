@@ -34,7 +34,7 @@ from modelport_server.rollout.evidence import (
 )
 from modelport_server.rollout.sequential import ODDS, Floats, Shares, paired, since, single, upper_limit
 from modelport_server.rollout.timeline import WINDOW_S, Counts, Whole, joined
-from modelport_server.rollout.times import TIME_UNITS, Change, FirstTimes, Times
+from modelport_server.rollout.times import TIME_UNITS, FirstTimes, Times, mean_of
 
 _UNITS = 4.0
 """How many independent ones whatever happens in one window counts for at most."""
@@ -57,6 +57,8 @@ _COLD_RATIO = 2.5
 """How many times as long a cold engine takes at most."""
 _COLD_S = 0.004
 """And how much longer: by then the caches are filled again."""
+_LEAST_SHARE = 0.1
+"""Batches of a size that fewer of the candidate's have are not waited for."""
 _MAX_NON_FINITE = 0.002
 LEAST_STABLE = 30
 """Fewer calls or batches of the stable version say nothing about what is usual."""
@@ -317,7 +319,7 @@ def _slower_than_stable(
     real = enough and size.log_e >= _SURE_OF_SIZE and slow > of / 2
     most = max(tails, key=lambda times: float(times.candidate.sum()))
     medians = (_median(most.seconds, most.stable), _median(most.seconds, most.candidate))
-    explained = float(_explained(cold_ratio, medians[0]))
+    explained = _explained(cold_ratio, medians[0])
     return _slow_sign(name, what, proof.log_e, real, medians, f"of {of:.0f} {one.ago(first)}", explained)
 
 
@@ -332,30 +334,44 @@ def _slower_than_at_first(one: View, name: str, what: str, pairs: Sequence[Times
     if not known:
         return Sign(name)
     windows = np.unique(np.concatenate([first.windows for first in known]))
-    found = Sign(name)
-    for begin in _begins(windows):
-        changes = [(first, change) for first in known if (change := first.change(begin)) is not None]
-        log_e = _log_likelihood_ratio([change for _, change in changes]) - math.log(len(windows))
-        if log_e > found.log_e:
-            most, change = max(changes, key=lambda one: one[1].freedom)
-            tail = most.times.since(begin)
-            medians = (_median(tail.seconds, tail.stable), _median(tail.seconds, tail.candidate))
-            explained = float(_explained(most.usual, medians[0]))
-            # To fill caches takes no longer in a model that computes longer: it is added, not multiplied.
-            limit_s = _limit(medians[0], ratio) + medians[0] * (explained - 1)
-            enough = int((windows >= begin).sum()) >= _LEAST_TIME_WINDOWS
-            real = enough and medians[0] * change.now > limit_s
-            of = f"of {tail.candidate.sum():.0f} {one.ago(begin)}"
-            found = _slow_sign(name, what, log_e, real, medians, of, explained)
-    return found
+    most = max(known, key=lambda first: float(first.times.candidate.sum()))
+    found = [_changed(one, name, what, begin, known, most, ratio) for begin in _begins(windows)]
+    sign = max(found, key=lambda sign: (sign.real, sign.log_e))
+    return replace(sign, log_e=sign.log_e - math.log(len(windows)))
 
 
-def _log_likelihood_ratio(changes: Sequence[Change]) -> float:
-    """Returns how much likelier several differences are with their common mean than without any; 0 if that is below."""
-    precision = sum(1 / change.variance for change in changes)
-    score = sum(change.difference / change.variance for change in changes) / math.sqrt(precision)
-    freedom = sum(change.freedom for change in changes)
-    return freedom / 2 * math.log1p(max(score, 0.0) ** 2 / freedom)
+def _changed(
+    one: View, name: str, what: str, begin: int, known: Sequence[FirstTimes], most: FirstTimes, ratio: float
+) -> Sign:
+    """Returns whether times have become longer from window ``begin`` on.
+
+    Args:
+        one: the evidence.
+        name: the sign's.
+        what: what takes long, for people.
+        begin: a window.
+        known: the times, by batch size.
+        most: those of the size that there is most of.
+        ratio: how many times as long they may take.
+    """
+    change = mean_of([change for change in (first.change(begin) for first in known) if change is not None])
+    tail = most.times.since(begin)
+    before, now = _median(most.times.seconds, most.times.stable), _median(tail.seconds, tail.candidate)
+    at_first, later = math.exp(change.usual), math.exp(change.usual + change.difference)
+    # To fill caches takes no longer in a model that computes longer: it is added, not multiplied.
+    limit = _limit(before, ratio) / before + max(at_first - 1, 0.0)
+    enough = int((np.unique(np.concatenate([first.windows for first in known])) >= begin).sum()) >= _LEAST_TIME_WINDOWS
+    reason = (
+        f"{what} {later:.3g} times as long as the stable version's {one.ago(begin)}, and took {at_first:.3g} times "
+        f"as long at first: {now * 1e3:.3g} ms in the median now, the stable version's {before * 1e3:.3g} ms"
+    )
+    figures: dict[str, JSON] = {
+        "stable_p50_ms": round(before * 1e3, 3),
+        "candidate_p50_ms": round(now * 1e3, 3),
+        "first_ratio": round(at_first, 3),
+        "now_ratio": round(later, 3),
+    }
+    return Sign(name, change.log_likelihood_ratio, enough and later > limit, reason, figures)
 
 
 def _begins(windows: Whole) -> list[int]:
@@ -368,21 +384,24 @@ def _begins(windows: Whole) -> list[int]:
     return found
 
 
-def usual_cold_ratio(one: View) -> float | None:
-    """Returns how many times as long the candidate's calls may take for having few; None if that is not known yet."""
+def first_ratio(one: View) -> float | None:
+    """Returns how many times as long a candidate's first calls took, 1 where that does not matter; None until known."""
     if not (one.paired and one.colder):
         return 1.0
     calls = FirstTimes.of(one.times(one.stable.calls, one.candidate.calls, TIMES), one.length_s)
+    if not calls.known:
+        return None
     same, larger = _batch_times(one)
-    batches = [times for times in same + larger if times.stable.sum() >= LEAST_STABLE and times.candidate.sum()]
-    most = max(batches, key=lambda times: float(times.candidate.sum()), default=None)
-    known = calls.known and (most is None or FirstTimes.of(most, one.length_s).known)
-    return max(calls.usual, 1.0) if known else None
+    batches = [times for times in same + larger if times.stable.sum() >= LEAST_STABLE]
+    least = _LEAST_SHARE * sum(float(counts.totals.sum()) for counts in one.candidate.engine.values())
+    batches = [times for times in batches if times.candidate.sum() >= max(least, 1.0)]
+    known = not batches or any(FirstTimes.of(times, one.length_s).known for times in batches)
+    return calls.usual if known else None
 
 
-def _explained(ratio: Floats | float, seconds: Floats | float) -> Floats:
+def _explained(ratio: float, seconds: float) -> float:
     """Returns how many times as long something may take for being cold, of what it takes beside ``seconds``."""
-    return np.clip(ratio, 1.0, np.minimum(_COLD_RATIO, 1.0 + _COLD_S / np.maximum(seconds, 1e-9)))
+    return min(ratio, _COLD_RATIO, 1.0 + _COLD_S / max(seconds, 1e-9))
 
 
 def _median(seconds: Floats, counts: Floats) -> float:
@@ -399,7 +418,7 @@ def _beyond(times: Times, ratio: float, cold_ratio: float) -> tuple[float, float
 
 def _warm(times: Times, cold_ratio: float) -> Floats:
     """Returns the times, each without the part of it that is put down to a cold engine."""
-    return times.seconds / float(_explained(cold_ratio, _median(times.seconds, times.stable)))
+    return times.seconds / _explained(cold_ratio, _median(times.seconds, times.stable))
 
 
 def _slow_sign(
@@ -473,7 +492,7 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
             continue
         before = quantile(totals, 0.5)
         counts = one.candidate.engine[key].at(one.level)
-        cold = float(_explained(_COLD_RATIO, before)) if one.colder else 1.0
+        cold = _explained(_COLD_RATIO, before) if one.colder else 1.0
         over = counts.counts[:, _limit(before, ratio * _LONE_SLACK) < _SECONDS / cold].sum(axis=1).tolist()
         for window, slow, all_of in zip(counts.windows.tolist(), over, counts.counts.sum(axis=1).tolist(), strict=True):
             hits[window] = hits.get(window, 0.0) + slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from modelport_server.rollout.timeline import WINDOW_S, Whole
 TIME_UNITS = 2.0
 """How many independent ones the times of a shortest window count for at most: calls of one batch take the same, and one
 cause slows several batches."""
+_SLACK = 1e-9
 _FIRST_TIMES = 24
 """How many independent ones are the first: they say what a cold engine takes."""
 _MOST_APART = math.log(8.0)
@@ -42,14 +44,27 @@ class Times:
 class Change:
     """How later times differ from the first."""
 
+    usual: float
+    """The mean of the first ones' logarithms, each as a part of the stable version's."""
     difference: float
-    """Of the means of the logarithms."""
+    """By how much the mean of the later ones' is larger."""
     variance: float
     """The difference's."""
     freedom: float
     """How many degrees of freedom the variance has."""
-    now: float
-    """The geometric mean of the later times, as parts of the stable version's."""
+
+    @property
+    def log_likelihood_ratio(self) -> float:
+        """The logarithm of how much likelier it is, if there is a change, than if there is none; 0 if it is below."""
+        return self.freedom / 2 * math.log1p(max(self.difference, 0.0) ** 2 / self.variance / self.freedom)
+
+
+def mean_of(changes: Sequence[Change]) -> Change:
+    """Returns the mean of several changes that are independent, by how well each is known."""
+    weights = np.array([1 / change.variance for change in changes])
+    usual = float(np.average([change.usual for change in changes], weights=weights))
+    difference = float(np.average([change.difference for change in changes], weights=weights))
+    return Change(usual, difference, 1 / float(weights.sum()), sum(change.freedom for change in changes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +88,10 @@ class FirstTimes:
         below = times.stable.cumsum(axis=1)
         middles = times.seconds[(below >= below[:, -1:] / 2).argmax(axis=1), np.newaxis]
         logs = np.clip(np.log(times.seconds / middles), -_MOST_APART, _MOST_APART)
-        most = TIME_UNITS * length_s / WINDOW_S
-        weights = times.candidate * np.minimum(1.0, most / np.maximum(times.candidate.sum(axis=1, keepdims=True), 1.0))
+        # No more than the stable version's, whose median is no better known.
+        most = np.minimum(TIME_UNITS * length_s / WINDOW_S, times.stable.sum(axis=1))
+        shares = np.minimum(1.0, most / np.maximum(times.candidate.sum(axis=1), 1.0))
+        weights = times.candidate * shares[:, np.newaxis]
         sums = (weights, weights * logs, weights * logs**2)
         return cls(times, *(one.sum(axis=1).cumsum() for one in sums))
 
@@ -95,7 +112,7 @@ class FirstTimes:
 
     @property
     def _first(self) -> int:
-        return int(np.searchsorted(self.count, _FIRST_TIMES)) + 1
+        return int(np.searchsorted(self.count, _FIRST_TIMES - _SLACK)) + 1
 
     def change(self, begin: int) -> Change | None:
         """Returns how the times from window ``begin`` on differ from the first; None if there are none."""
@@ -105,7 +122,12 @@ class FirstTimes:
         first = self._first - 1
         n1, n2 = self.count[first], self.count[-1] - self.count[place - 1]
         sum1, sum2 = self.total[first], self.total[-1] - self.total[place - 1]
-        squares = self.squares[first] + self.squares[-1] - self.squares[place - 1]
+        squares1, squares2 = (
+            self.squares[first] - sum1**2 / n1,
+            self.squares[-1] - self.squares[place - 1] - sum2**2 / n2,
+        )
         freedom = n1 + n2 - 2
-        variance = max((squares - sum1**2 / n1 - sum2**2 / n2) / freedom, _ROUNDED) * (1 / n1 + 1 / n2)
-        return Change(sum2 / n2 - sum1 / n1, variance, freedom, math.exp(sum2 / n2))
+        pooled = max((squares1 + squares2) / freedom, _ROUNDED)
+        # The first may be spread more widely, so that they say less.
+        variance = max(squares1 / (n1 - 1), pooled) / n1 + pooled / n2
+        return Change(sum1 / n1, sum2 / n2 - sum1 / n1, variance, freedom)
