@@ -328,16 +328,20 @@ def _slower_than_at_first(one: View, name: str, what: str, pairs: Sequence[Times
 
     The gates have measured the candidate beside the stable version when both were warm. So what its first batches
     take more is put down to its having been idle, as far as that can be the reason. The test is Student's,
-    of the logarithms: what it says is the likelihood ratio, divided by how many windows it may have begun in.
+    of the logarithms: what it says is the likelihood ratio, divided among the windows that it may have begun in.
     """
     known = [first for first in (FirstTimes.of(times, one.length_s) for times in pairs) if first.known]
     if not known:
         return Sign(name)
     windows = np.unique(np.concatenate([first.windows for first in known]))
     most = max(known, key=lambda first: float(first.times.candidate.sum()))
-    found = [_changed(one, name, what, begin, known, most, ratio) for begin in _begins(windows)]
-    sign = max(found, key=lambda sign: (sign.real, sign.log_e))
-    return replace(sign, log_e=sign.log_e - math.log(len(windows)))
+    found: list[Sign] = []
+    for begin in _begins(windows):
+        sign = _changed(one, name, what, begin, known, most, ratio)
+        # Half of the stake is on the first window, as in ``since``.
+        stakes = 2.0 if begin == windows[0] else 2.0 * len(windows)
+        found.append(replace(sign, log_e=sign.log_e - math.log(stakes)))
+    return max(found, key=lambda sign: (sign.real, sign.log_e))
 
 
 def _changed(
