@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from modelport_server.rollout.evidence import BUCKETS, bucket_of, seconds_of
 from modelport_server.rollout.times import Change, FirstTimes, Times, mean_of
 
 SECONDS = np.array([seconds_of(bucket) for bucket in range(BUCKETS)])
-Windows = Sequence[tuple[Sequence[float], Sequence[float]]]
+Windows = list[tuple[list[float], list[float]]]
 """The stable version's and the candidate's times of each, in ms."""
 
 
