@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from modelport_registry import Golden, Published, Registry
 from tests.support.zoo import Zoo, run_zoo
+
+settings.register_profile("modelport", deadline=None)  # how fast things are is for bench/ to say
+settings.load_profile("modelport")
 
 ROOT = Path(__file__).resolve().parent.parent
 

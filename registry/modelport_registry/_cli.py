@@ -229,6 +229,7 @@ def _print_versions(manifests: Sequence[Manifest], state: State) -> None:
         Column("size", rank=3),
         Column("golden", rank=4),
         Column("aliases", wraps=True),
+        Column("rejected"),
         Column("metrics", rank=2, wraps=True),
         Column("tags", wraps=True),
     ]
@@ -239,6 +240,7 @@ def _print_versions(manifests: Sequence[Manifest], state: State) -> None:
             _size(manifest.size_bytes),
             str(manifest.golden),
             " ".join(name for name, number in state.aliases.items() if number == manifest.version),
+            state.rejected[manifest.version].gate if manifest.version in state.rejected else "",
             _metrics_text(manifest),
             " ".join(manifest.tags),
         ]
@@ -417,12 +419,15 @@ def collect_garbage(
 
 
 def _show_version(store: Registry, manifest: Manifest) -> None:
-    aliases = [n for n, v in store.state(manifest.model).aliases.items() if v == manifest.version]
+    state = store.state(manifest.model)
+    aliases = [n for n, v in state.aliases.items() if v == manifest.version]
+    rejected = state.rejected.get(manifest.version)
     lineage = manifest.lineage
     facts = {
         "model": manifest.model,
         "version": str(manifest.version),
         "aliases": " ".join(aliases),
+        "rejected": f"{rejected.gate}: {rejected.reason}" if rejected is not None else "",
         "created": f"{manifest.created:%Y-%m-%d %H:%M:%S} UTC by {manifest.publisher}",
         "framework": " ".join(f"{name} {number}" for name, number in manifest.framework.items()),
         "metrics": _metrics_text(manifest),

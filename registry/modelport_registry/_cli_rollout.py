@@ -181,14 +181,20 @@ def rollback(
 
         modelport rollout rollback mnist --reason "complaints from users"
     """
-    _change(
-        model,
-        server,
-        registry,
-        lambda store: store.rollback(model, reason=reason),
-        lambda rollouts: rollouts.rollback(model, reason=reason),
-        as_json=as_json,
-    )
+    before: list[RolloutState] = []
+
+    def here(store: Registry) -> State:
+        before.append(_state_of(store.state(model)))
+        return store.rollback(model, reason=reason)
+
+    def there(rollouts: Rollouts) -> RolloutState:
+        before.append(rollouts.state(model))
+        return rollouts.rollback(model, reason=reason)
+
+    _change(model, server, registry, here, there, as_json=as_json)
+    rejected = before[0].candidate or before[0].stable
+    if not as_json:
+        typer.echo(f"version {rejected} is not tried again, unless by modelport rollout approve {model} {rejected}")
 
 
 def approve(

@@ -279,7 +279,9 @@ def _value(value: object) -> str:
         case list():
             return _list_value(cast("list[object]", value))
         case {"ratio": float() | int() as ratio, "rows": int() as rows}:
-            return f"{ratio:.2f} at {rows} {'row' if rows == 1 else 'rows'}"
+            text = f"{ratio:.2f} at {rows} {'row' if rows == 1 else 'rows'}"
+            work = cast("dict[str, object]", value).get("cpu_ratio")
+            return f"{text} ({work:.2f} of the processor time)" if isinstance(work, float | int) else text
         case _:
             return ""
 

@@ -66,6 +66,7 @@ async def test_a_rollout_by_the_registry_alone(rollout: Run, registry: Registry)
     assert (await rollout("resume", "m")).out == "m: version 2 is in charge, and watched\n"
     assert (await rollout("rollback", "m", "--reason", "complaints")).out == (
         "m: version 1 is in charge; no rollout is under way\n"
+        "version 2 is not tried again, unless by modelport rollout approve m 2\n"
     )
     shown = await rollout("status", "m")
     assert "version 2, rollback: complaints" in shown.out

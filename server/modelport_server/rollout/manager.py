@@ -90,7 +90,7 @@ class RolloutManager:
         """Reads the registry; None if it can't be read, or for a model that can't: then nothing changes."""
         try:
             if not self._options.registry.is_dir():
-                raise FileNotFoundError(f"there is no folder {self._options.registry}")
+                raise FileNotFoundError(f"there is no folder {self._options.registry}: is --registry right?")
             names = self._options.models or tuple(self._registry.models())
             view = {name: self._view_or_none(name) for name in names}
             had_versions = any(not rollout.empty for rollout in self._models.values())
