@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
@@ -24,6 +25,8 @@ from modelport_server.rpc.health import Health
 
 _log = logging.getLogger(__name__)
 
+_THREADS = 6
+"""For what may block: reading the registry, and waiting for processes that end."""
 _HARD_EXIT_S = 2.0
 _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1
@@ -64,6 +67,7 @@ class Server:
             StartError: if the port is taken or the address is wrong.
         """
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(_ready_threads())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         await self.start()
@@ -223,3 +227,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
+
+
+def _ready_threads() -> ThreadPoolExecutor:
+    """Returns a pool whose threads are all there: made when many things end at once, they would look like a leak."""
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="modelport")
+    together = threading.Barrier(_THREADS)
+    for _ in range(_THREADS):
+        pool.submit(together.wait)
+    return pool
