@@ -25,8 +25,8 @@ from modelport_server.rpc.health import Health
 
 _log = logging.getLogger(__name__)
 
-_THREADS = 6
-"""For what may block: reading the registry, and waiting for processes that end."""
+_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""As many as asyncio's own pool, for what may block: reading the registry, and waiting for processes that end."""
 _HARD_EXIT_S = 2.0
 _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1

@@ -337,7 +337,8 @@ def _slower_than_at_first(one: View, name: str, what: str, pairs: Sequence[Times
     most = max(known, key=lambda first: float(first.times.candidate.sum()))
     found: list[Sign] = []
     for begin in _begins(windows):
-        sign = _changed(one, name, what, begin, known, most, ratio)
+        enough = int((windows >= begin).sum()) >= _LEAST_TIME_WINDOWS
+        sign = _changed(one, name, what, begin, known, most, ratio, enough=enough)
         # Half of the stake is on the first window, as in ``since``.
         stakes = 2.0 if begin == windows[0] else 2.0 * len(windows)
         found.append(replace(sign, log_e=sign.log_e - math.log(stakes)))
@@ -345,7 +346,15 @@ def _slower_than_at_first(one: View, name: str, what: str, pairs: Sequence[Times
 
 
 def _changed(
-    one: View, name: str, what: str, begin: int, known: Sequence[FirstTimes], most: FirstTimes, ratio: float
+    one: View,
+    name: str,
+    what: str,
+    begin: int,
+    known: Sequence[FirstTimes],
+    most: FirstTimes,
+    ratio: float,
+    *,
+    enough: bool,
 ) -> Sign:
     """Returns whether times have become longer from window ``begin`` on.
 
@@ -357,6 +366,7 @@ def _changed(
         known: the times, by batch size.
         most: those of the size that there is most of.
         ratio: how many times as long they may take.
+        enough: whether that is long enough ago.
     """
     change = mean_of([change for change in (first.change(begin) for first in known) if change is not None])
     tail = most.times.since(begin)
@@ -364,7 +374,6 @@ def _changed(
     at_first, later = math.exp(change.usual), math.exp(change.usual + change.difference)
     # To fill caches takes no longer in a model that computes longer: it is added, not multiplied.
     limit = _limit(before, ratio) / before + max(at_first - 1, 0.0)
-    enough = int((np.unique(np.concatenate([first.windows for first in known])) >= begin).sum()) >= _LEAST_TIME_WINDOWS
     reason = (
         f"{what} {later:.3g} times as long as the stable version's {one.ago(begin)}, and took {at_first:.3g} times "
         f"as long at first: {now * 1e3:.3g} ms in the median now, the stable version's {before * 1e3:.3g} ms"
