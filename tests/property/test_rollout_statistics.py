@@ -21,15 +21,8 @@ from tests.support.rollout_rates import (
     interval,
 )
 
-UNSTEADY = {
-    "both fail 30% in a tenth of the time": 0.25,
-    "traffic, times and mix of classes wander": 0.8,
-    "few, rare classes": 0.1,
-    "8 calls/s": 0.1,
-    "the same, and everything wanders and is slow at times": 0.1,
-}
-"""Where a healthy version may be rolled back in its watch, and in how many at most: all of these change by themselves
-within a minute, and nothing tells then whose fault that is."""
+UNSTEADY = ("both fail 30% in a tenth of the time", "traffic, times and mix of classes wander")
+"""Where a healthy version may be rolled back in its watch: nothing tells then whose fault the times are."""
 MEDIANS = {
     "5% of the calls fail": 130,
     "twice the time, 20 ms": 60,
@@ -71,8 +64,9 @@ def test_a_short_batch_that_takes_longer_from_the_start_is_found_with_as_many_ca
 def test_two_thousand_healthy_rollouts_end_well(pool: Executor) -> None:
     for name, world in WORLDS.items():
         ends = [end for end in pool.map(partial(healthy, world), range(1000, 1225)) if end is not None]
-        assert [end for end in ends if end[0] == STEP] == [], name
-        assert len(ends) <= UNSTEADY.get(name, 0.0) * 225, name
+        if name in UNSTEADY:
+            ends = [end for end in ends if end[0] == STEP]
+        assert ends == [], name
 
 
 @pytest.mark.slow
