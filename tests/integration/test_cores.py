@@ -111,11 +111,30 @@ async def test_who_is_measured_has_as_many_cores_as_who_answers() -> None:
         cores.serve(serving, BatchTimes())
         cores.serve(candidate, BatchTimes())
         free = ALL - fewer_cores(ALL)
-        with cores.measuring(candidate):
+        with cores.measuring(lambda: {candidate}):
             await _become(lambda: _where() == _where(serving) == free != _where(candidate))
             assert len(_where(candidate)) == len(free)
             assert not _where(candidate) & free
         await _become(lambda: _where() == _where(serving) == _where(candidate) == ALL)
+
+
+async def test_who_is_measured_and_not_called_is_put_aside_whatever_its_batches_gain() -> None:
+    cores, called = CoreSharing(lambda: 1), set[int]()
+    with _process(SLEEP) as serving, _process(SLEEP) as stable, _process(SLEEP) as candidate:
+        for pid in (stable, candidate):
+            times = BatchTimes()
+            times.add(0.1, 0.2)
+            cores.serve(pid, times)
+        cores.serve(serving, BatchTimes())
+        free = ALL - fewer_cores(ALL)
+        with cores.measuring(lambda: {stable, candidate} - called):
+            await _become(lambda: _where() == _where(serving) == free)
+            assert _where(stable) == _where(candidate)
+            assert len(_where(stable)) == len(free)
+            assert not _where(stable) & free
+            called.add(stable)
+            await _become(lambda: _where() == _where(serving) == _where(stable) == _where(candidate) == ALL)
+        await _become(lambda: _where(candidate) == ALL)
 
 
 async def test_long_batches_have_all_cores() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Generator, Set
+from collections.abc import Callable, Generator, Mapping, Set
 from contextlib import contextmanager
 from time import monotonic
 
@@ -134,7 +134,7 @@ class CoreSharing:
         self._all: Set[int] = os.sched_getaffinity(0)
         self._loading: set[int] = set()
         self._copied_to: Set[int] = frozenset()
-        self._measured: set[int] = set()
+        self._measured: list[Callable[[], Set[int]]] = []
         self._serving: dict[int, BatchTimes] = {os.getpid(): BatchTimes()}
         self._task: asyncio.Task[None] | None = None
         self._over = len(self._all) == 1
@@ -158,14 +158,18 @@ class CoreSharing:
         self._begin()
 
     @contextmanager
-    def measuring(self, pid: int) -> Generator[None]:
-        """Counts an engine process within as one that nobody calls, and that is compared with those who answer."""
-        self._measured.add(pid)
+    def measuring(self, pids: Callable[[], Set[int]]) -> Generator[None]:
+        """Counts engine processes within as ones that are measured and that nobody calls.
+
+        Args:
+            pids: returns them; asked again and again, because somebody may begin to call one.
+        """
+        self._measured.append(pids)
         self._begin()
         try:
             yield
         finally:
-            self._measured.discard(pid)
+            self._measured.remove(pids)
 
     def _begin(self) -> None:
         if self._behind and self._task is None and not self._over:
@@ -206,28 +210,28 @@ class CoreSharing:
         try:
             while self._behind and not self._over:
                 await asyncio.sleep(_LOOK_S)
-                aside = self._copied_to | self._measured
+                aside = self._copied_to.union(*(pids() for pids in self._measured))
                 taken: Set[int] = fewer_cores(self._all) if aside else frozenset()
                 free = self._all - taken - frozenset().union(*map(_cores_of, self._loading))
                 answering = [times for pid, times in self._serving.items() if pid not in aside]
                 gain = any(times.gain(len(free)) for times in answering)
                 if calm.look(self._calls(), len(free), gain=gain, now_s=monotonic()):
-                    self._place(free, frozenset(sorted(taken)[-len(free) :]), placed)
+                    beside = frozenset(sorted(taken)[-len(free) :])
+                    self._place({pid: beside if pid in aside else free for pid in self._serving}, placed)
                 else:
-                    self._place(self._all, self._all, placed)
+                    self._place({}, placed)
         finally:
-            self._place(self._all, self._all, placed)
+            self._place({}, placed)
 
-    def _place(self, free: Set[int], beside: Set[int], placed: dict[int, Set[int]]) -> None:
+    def _place(self, wanted: Mapping[int, Set[int]], placed: dict[int, Set[int]]) -> None:
         """Moves whoever is not where it should be.
 
         Args:
-            free: the cores of those who answer calls.
-            beside: the cores of those who get copies or are measured.
-            placed: where each process is; on all cores if it is not in there.
+            wanted: the cores of each process; all of them if it is not in there.
+            placed: where each process is, likewise.
         """
         for pid, times in self._serving.items():
-            cores = beside if pid in self._copied_to or pid in self._measured else free
+            cores = wanted.get(pid, self._all)
             if placed.get(pid, self._all) != cores:
                 self._move(pid, cores)
                 placed[pid] = cores

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -388,7 +388,11 @@ class ModelRollout:
         stable = self._stable_beside(tracked.version)
         beside = stable.servable if stable is not None else None
         golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
-        aside = self._cores.measuring(servable.pid) if self._cores is not None else contextlib.nullcontext()
+
+        def uncalled() -> Set[int]:
+            return {one.pid for one in (beside, servable) if one is not None and not one.has_callers}
+
+        aside = self._cores.measuring(uncalled) if self._cores is not None else contextlib.nullcontext()
         with aside:
             result = await compare_speed(
                 beside,
