@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,12 +15,15 @@ from tests.support.rollout_rates import (
     FAULTS,
     SEEN_WITH_AS_MANY_CALLS,
     STEP,
+    STEP_S,
     WORLDS,
     detection,
     detections,
     healthy,
+    in_watch,
     interval,
 )
+from tests.support.simulated_rollouts import Fault
 
 UNSTEADY = ("both fail 30% in a tenth of the time", "traffic, times and mix of classes wander")
 """Where a healthy version may be rolled back in its watch: nothing tells then whose fault the times are."""
@@ -57,6 +61,13 @@ def test_a_short_batch_that_takes_longer_from_the_start_is_found_with_as_many_ca
     sick = FAULTS[SEEN_WITH_AS_MANY_CALLS]
     ends = [detection(sick.world(share=share), sick.begins_s, seed) for seed in range(5)]
     assert [math.isfinite(end.calls) for end in ends] == [found] * 5
+
+
+@pytest.mark.parametrize("name", ["steady, 1,000 calls/s", "8 calls/s", "few, rare classes"])
+def test_a_version_that_answers_a_single_class_from_its_watch_on_is_found_out(name: str) -> None:
+    world = replace(WORLDS[name], seconds=STEP_S, fault=Fault(one_class=1.0, at_s=STEP_S))
+    found = [in_watch(world, seed) for seed in range(5)]
+    assert sum(verdict is not None and verdict.figures["sign"] == "outputs" for verdict in found) >= 4
 
 
 @pytest.mark.slow

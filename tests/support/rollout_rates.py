@@ -131,10 +131,20 @@ def healthy(world: World, seed: int) -> tuple[str, Verdict] | None:
             verdict = compare(look.stable, look.candidate, LIMITS)
             if verdict.kind is VerdictKind.WORSE:
                 return STEP, verdict
+    verdict = _in_watch(world, rng)
+    return (WATCH, verdict) if verdict is not None else None
+
+
+def in_watch(world: World, seed: int) -> Verdict | None:
+    """Returns why a version is rolled back in a watch; None if it is not. What its fault's ``at_s`` is after is a step."""
+    return _in_watch(world, np.random.default_rng(seed))
+
+
+def _in_watch(world: World, rng: np.random.Generator) -> Verdict | None:
     for look in watch_looks(world, rng, LOOKS):
         verdict = compare(look.stable, look.candidate, LIMITS, concurrent=False)
         if verdict.kind is VerdictKind.WORSE:
-            return WATCH, verdict
+            return verdict
     return None
 
 
