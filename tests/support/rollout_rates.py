@@ -136,7 +136,7 @@ def healthy(world: World, seed: int) -> tuple[str, Verdict] | None:
 
 
 def in_watch(world: World, seed: int) -> Verdict | None:
-    """Returns why a version is rolled back in a watch; None if it is not. What its fault's ``at_s`` is after is a step."""
+    """Returns why a version is rolled back in its watch, before which there is a step; None if it is not."""
     return _in_watch(world, np.random.default_rng(seed))
 
 

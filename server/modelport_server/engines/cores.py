@@ -210,7 +210,7 @@ class CoreSharing:
         try:
             while self._behind and not self._over:
                 await asyncio.sleep(_LOOK_S)
-                aside = self._copied_to.union(*(pids() for pids in self._measured))
+                aside = frozenset(self._copied_to).union(*(pids() for pids in self._measured))
                 taken: Set[int] = fewer_cores(self._all) if aside else frozenset()
                 free = self._all - taken - frozenset().union(*map(_cores_of, self._loading))
                 answering = [times for pid, times in self._serving.items() if pid not in aside]

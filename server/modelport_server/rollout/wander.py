@@ -9,6 +9,7 @@ times that, for a fifth of the time, in one case of ten; whatever returns to whe
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -68,10 +69,11 @@ def _stretches(counts: Counts) -> list[tuple[int, Whole]]:
     windows = counts.windows
     if len(windows) < 2 * _STRETCHES:
         return []
-    edges = np.linspace(windows[0], windows[-1] + 1, _STRETCHES + 1)
-    places = np.searchsorted(windows, edges)
+    first, length = int(windows[0]), int(windows[-1]) + 1 - int(windows[0])
+    edges = [first + length * number // _STRETCHES for number in range(_STRETCHES + 1)]
+    places: list[int] = np.searchsorted(windows, edges).tolist()
     return [
-        (int(end - begin), counts.counts[begin:end].sum(axis=0, dtype=np.int64))
-        for begin, end in zip(places[:-1], places[1:], strict=True)
+        (end - begin, counts.counts[begin:end].sum(axis=0, dtype=np.int64))
+        for begin, end in pairwise(places)
         if end > begin
     ]
