@@ -131,8 +131,8 @@ def healthy(world: World, seed: int) -> tuple[str, Verdict] | None:
             verdict = compare(look.stable, look.candidate, LIMITS)
             if verdict.kind is VerdictKind.WORSE:
                 return STEP, verdict
-    verdict = _in_watch(world, rng)
-    return (WATCH, verdict) if verdict is not None else None
+    found = _in_watch(world, rng)
+    return (WATCH, found) if found is not None else None
 
 
 def in_watch(world: World, seed: int) -> Verdict | None:
