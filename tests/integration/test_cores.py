@@ -123,7 +123,7 @@ async def test_who_is_measured_and_not_called_is_put_aside_whatever_its_batches_
     with _process(SLEEP) as serving, _process(SLEEP) as stable, _process(SLEEP) as candidate:
         for pid in (stable, candidate):
             times = BatchTimes()
-            times.add(0.1, 0.2)
+            times.add(0.1, 0.1 * 2 * len(ALL))
             cores.serve(pid, times)
         cores.serve(serving, BatchTimes())
         free = ALL - fewer_cores(ALL)
@@ -134,7 +134,9 @@ async def test_who_is_measured_and_not_called_is_put_aside_whatever_its_batches_
             assert not _where(stable) & free
             called.add(stable)
             await _become(lambda: _where() == _where(serving) == _where(stable) == _where(candidate) == ALL)
-        await _become(lambda: _where(candidate) == ALL)
+            called.clear()
+            await _become(lambda: _where() == free != _where(stable))
+        await _become(lambda: _where() == _where(serving) == _where(stable) == _where(candidate) == ALL)
 
 
 async def test_long_batches_have_all_cores() -> None:

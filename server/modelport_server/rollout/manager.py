@@ -128,6 +128,9 @@ class RolloutManager:
         self._manifests[name] = versions
         return ModelView(versions, desired, looked_at_s)
 
+    def _has_callers(self) -> bool:
+        return any(rollout.has_callers for rollout in self._models.values())
+
     def _manifest(self, name: str, number: int) -> Manifest | None:
         try:
             return self._registry.manifest(name, number)
@@ -138,7 +141,15 @@ class RolloutManager:
         self._tell_of_nothing(view)
         for name in sorted(view.keys() - self._models.keys()):
             self._models[name] = ModelRollout(
-                name, self._options, self._router, self._board, self._loads, self._wake.set, self._spawner, self._cores
+                name,
+                self._options,
+                self._router,
+                self._board,
+                self._loads,
+                self._wake.set,
+                self._spawner,
+                self._cores,
+                self._has_callers,
             )
         for name, rollout in list(self._models.items()):
             if (seen := view.get(name, ModelView({}, Desired(), monotonic()))) is not None:

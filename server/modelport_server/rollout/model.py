@@ -72,6 +72,7 @@ class ModelRollout:
         changed: called when the policy should be asked again.
         spawner: forks engine processes, if it can.
         cores: told what engine processes do, if anything is.
+        has_callers: returns whether any version of any model has calls under way, or had some a moment ago.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class ModelRollout:
         changed: Callable[[], None],
         spawner: Spawner | None = None,
         cores: CoreSharing | None = None,
+        has_callers: Callable[[], bool] = lambda: False,
     ) -> None:
         self._name = name
+        self._has_callers = has_callers
         self._spawner = spawner
         self._cores = cores
         self._options = options
@@ -120,6 +123,11 @@ class ModelRollout:
     def calls(self) -> int:
         """How many calls its versions have under way."""
         return sum(one.servable.leases for one in self._versions.values() if one.servable is not None)
+
+    @property
+    def has_callers(self) -> bool:
+        """Whether any of its versions has calls under way, or had some a moment ago."""
+        return any(one.servable is not None and one.servable.has_callers for one in self._versions.values())
 
     @property
     def copied_to(self) -> int:
@@ -389,11 +397,12 @@ class ModelRollout:
         beside = stable.servable if stable is not None else None
         golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
 
-        def uncalled() -> Set[int]:
-            return {one.pid for one in (beside, servable) if one is not None and not one.has_callers}
+        def aside() -> Set[int]:
+            # Where nobody calls anything there is nobody to be spared, and both may have all cores.
+            versions = (beside, servable) if self._has_callers() else (servable,)
+            return {one.pid for one in versions if one is not None and not one.has_callers} - {0}
 
-        aside = self._cores.measuring(uncalled) if self._cores is not None else contextlib.nullcontext()
-        with aside:
+        with self._cores.measuring(aside) if self._cores is not None else contextlib.nullcontext():
             result = await compare_speed(
                 beside,
                 servable,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelport_registry import JSON
+from modelport_server.rollout.drift import shift_drift, time_drift
 from modelport_server.rollout.evidence import (
     BATCHES,
     BROKEN,
@@ -35,7 +36,6 @@ from modelport_server.rollout.evidence import (
 from modelport_server.rollout.sequential import ODDS, Floats, Shares, paired, since, single, upper_limit
 from modelport_server.rollout.timeline import WINDOW_S, Counts, Whole, joined
 from modelport_server.rollout.times import TIME_UNITS, FirstTimes, Times, mean_of
-from modelport_server.rollout.wander import shift_wander, time_wander
 
 _UNITS = 4.0
 """How many independent ones whatever happens in one window counts for at most."""
@@ -507,7 +507,7 @@ def _slower_alone(one: View, keys: Sequence[tuple[str, int]], ratio: float) -> S
         before = quantile(totals, 0.5)
         counts = one.candidate.engine[key].at(one.level)
         cold = _explained(_COLD_RATIO, before) if one.colder else 1.0
-        limit_s = _limit(before, ratio * _LONE_SLACK * time_wander(one.stable.engine[key]))
+        limit_s = _limit(before, ratio * _LONE_SLACK * time_drift(one.stable.engine[key]))
         over = counts.counts[:, limit_s < _SECONDS / cold].sum(axis=1).tolist()
         for window, slow, all_of in zip(counts.windows.tolist(), over, counts.counts.sum(axis=1).tolist(), strict=True):
             hits[window] = hits.get(window, 0.0) + slow
@@ -574,7 +574,7 @@ def _shift(one: View, name: str, before: OutputCounts, now: OutputCounts, max_sh
         windows, right = counts.windows, counts.counts.astype(np.float64)
         batches, candidate = right[:, BATCHES], right @ new
         totals = before.counts.totals.astype(np.float64) @ old
-        max_shift = shift_wander(before.counts, old, max(max_shift, _LONE_SHIFT))
+        max_shift = shift_drift(before.counts, old, max(max_shift, _LONE_SHIFT))
         bets = _lone_shift_bets(totals, int(before.counts.totals[BATCHES]), candidate, max_shift, batches)
         there = np.tile(totals, (len(windows), 1))
     found = since(bets)
