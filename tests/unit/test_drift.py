@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from modelport_server.rollout.drift import shift_drift, time_drift
 from modelport_server.rollout.evidence import BATCHES, BUCKETS, LABELS, OTHER, ROWS, bucket_of
 from modelport_server.rollout.timeline import Counts
-from modelport_server.rollout.drift import shift_drift, time_drift
 
 WINDOWS = 240
 CLASSES = np.zeros((LABELS + 2, 3))
