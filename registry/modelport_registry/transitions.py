@@ -276,12 +276,14 @@ def approve(
     actor: str,
     reason: str = "",
 ) -> State:
-    """Forgets that a version was rejected and starts a rollout of it."""
+    """Forgets that a version was rejected and starts a rollout of it; one that is pinned is in charge at once."""
     if version not in state.rejected and not state.policy.manual:
         raise RegistryError(f"version {version} is not rejected: there is nothing to approve")
     rejected = {number: one for number, one in state.rejected.items() if number != version}
     approved = replace(state, rejected=rejected)
-    if version in (state.pin, state.aliases.get(STABLE)):
+    if version == state.pin:
+        return replace(approved, aliases={**state.aliases, STABLE: version})
+    if version == state.aliases.get(STABLE):
         return approved
     return start(approved, version, strategy=strategy, rollout_id=rollout_id, now=now, actor=actor, reason=reason)
 

@@ -384,6 +384,12 @@ class TestApprove:
     def test_the_pinned_version_just_serves_again(self) -> None:
         state = approve(reject(_stable(2, pin=2), 2), 2)
         assert (state.rejected, state.rollout, state.pin) == ({}, None, 2)
+        assert state.aliases == {"stable": 2}
+
+    def test_the_pinned_version_takes_the_place_of_the_one_that_stood_in(self) -> None:
+        state = reject(_stable(2, pin=2, promotions=(PROMOTED,)), 2)
+        assert state.aliases == {"stable": 1}
+        assert approve(state, 2).aliases == {"stable": 2}
 
     def test_a_manual_policy_starts_versions_so(self) -> None:
         state = approve(_stable(1, policy=MANUAL), 2)
