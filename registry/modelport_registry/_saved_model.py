@@ -44,11 +44,7 @@ def read_saved_model(data: bytes) -> SavedModelInfo:
     Raises:
         InvalidModelError: if they are no SavedModel, or have no such graph or no signature.
     """
-    try:
-        message = pb.SavedModel.FromString(data)
-    except DecodeError as exc:
-        raise InvalidModelError("saved_model.pb is damaged or not a SavedModel: export the model again") from exc
-    graph = _serving_graph(message)
+    graph = _serving_graph(_parse(data))
     signatures = {
         name: SignatureSpec(name, _tensors(signature.inputs), _tensors(signature.outputs))
         for name, signature in sorted(graph.signature_def.items())
@@ -58,6 +54,36 @@ def read_saved_model(data: bytes) -> SavedModelInfo:
         raise InvalidModelError("the SavedModel has no signatures: export it with signatures=...")
     tensorflow = graph.meta_info.tensorflow_version
     return SavedModelInfo(signatures, {"tensorflow": tensorflow} if tensorflow else {})
+
+
+def with_signature(data: bytes, name: str, rename: str) -> bytes:
+    """Returns the bytes of a ``saved_model.pb`` with one signature alone, under another name.
+
+    Args:
+        data: the bytes that it is made from; all else in them stays as it is.
+        name: the signature's name.
+        rename: what it is called in the result.
+
+    Raises:
+        InvalidModelError: if they are no SavedModel, or have no such signature.
+    """
+    message = _parse(data)
+    signatures = _serving_graph(message).signature_def
+    if name not in signatures:
+        raise InvalidModelError(f"the SavedModel has no signature {shown(name)}")
+    kept = pb.SignatureDef()
+    kept.CopyFrom(signatures[name])
+    for other in list(signatures):
+        del signatures[other]
+    signatures[rename].CopyFrom(kept)
+    return message.SerializeToString()
+
+
+def _parse(data: bytes) -> pb.SavedModel:
+    try:
+        return pb.SavedModel.FromString(data)
+    except DecodeError as exc:
+        raise InvalidModelError("saved_model.pb is damaged or not a SavedModel: export the model again") from exc
 
 
 def _serving_graph(message: pb.SavedModel) -> pb.MetaGraph:

@@ -36,6 +36,22 @@ def serve(
     max_batch_size: Annotated[int, typer.Option(help="The most rows that run together.")] = 128,
     max_enqueued_rows: Annotated[int, typer.Option(help="The most rows that wait for a version.")] = 8192,
     max_message_mib: Annotated[int, typer.Option(help="The largest message, in MiB.")] = 64,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tensorflow, openvino, or auto: the fastest that is installed and reproduces the golden examples. "
+            "MODEL=ENGINE for one model; repeat for more.",
+            show_default="auto",
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compute in float32, bfloat16 or float16, where the golden examples are reproduced. "
+            "MODEL=PRECISION for one model; repeat for more.",
+            show_default="float32",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
     load_timeout: Annotated[float, typer.Option(help="Seconds that a version may take to load.")] = 300.0,
     run_timeout: Annotated[float, typer.Option(help="Seconds that a batch may run; then its engine hangs.")] = 60.0,
@@ -66,6 +82,8 @@ def serve(
         modelport serve -r models -m digits --address 0.0.0.0:8500
 
         modelport serve -r models --address unix:/run/modelport.sock
+
+        modelport serve -r models --engine openvino --precision digits=bfloat16
     """
     import logging
 
@@ -85,6 +103,7 @@ def serve(
         lame_duck_s=lame_duck,
         batch=options.BatchLimits(max_batch_size=max_batch_size, max_enqueued_rows=max_enqueued_rows),
         engine=options.EngineLimits(threads=threads, load_timeout_s=load_timeout, run_timeout_s=run_timeout),
+        engines=options.engine_rules(engine or [], precision or []),
         rollout=options.RolloutOptions(poll_interval_s=poll_interval, pinned_stream_limit_s=pinned_stream_limit),
         rpc=options.RpcOptions(max_message_bytes=max_message_mib * _MIB, reuse_port=reuse_port),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_ADDRESS, is_valid_name, shown
+from modelport_server.engines import kinds
 
 MIB = 1 << 20
 _DAY_S = 86_400.0
@@ -111,6 +113,81 @@ class EngineLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRules:
+    """What a model's versions run on."""
+
+    engine: str = kinds.AUTO
+    """``tensorflow``, ``openvino``, or ``auto``, the default: the fastest that is installed and reproduces the
+    golden examples."""
+    precision: str = kinds.FLOAT32
+    """What is computed in: ``float32``, the default, ``bfloat16`` or ``float16``. The golden examples have to be
+    reproduced all the same, or it is float32."""
+
+    def __post_init__(self) -> None:
+        known = (kinds.AUTO, *kinds.ENGINES)
+        _require(self.engine in known, f"the engine must be one of {', '.join(known)}, not {shown(self.engine)}")
+        precisions = ", ".join(kinds.PRECISIONS)
+        _require(
+            self.precision in kinds.PRECISIONS,
+            f"the precision must be one of {precisions}, not {shown(self.precision)}",
+        )
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The installed engines that may be taken.
+
+        Raises:
+            OptionError: if there is none.
+        """
+        installed = kinds.installed()
+        if self.engine == kinds.AUTO:
+            _require(
+                bool(installed), "no engine is installed: pip install 'modelport[server]' or 'modelport[openvino]'"
+            )
+            return installed
+        extra = {kinds.TENSORFLOW: "server"}.get(self.engine, self.engine)
+        _require(
+            self.engine in installed,
+            f"the engine {self.engine} is not installed: pip install 'modelport[{extra}]'",
+        )
+        return (self.engine,)
+
+
+def engine_rules(engines: Sequence[str], precisions: Sequence[str]) -> dict[str, EngineRules]:
+    """Returns what each model runs on, by name; under the empty name what all others do.
+
+    Args:
+        engines: each ``ENGINE`` or ``MODEL=ENGINE``.
+        precisions: each ``PRECISION`` or ``MODEL=PRECISION``.
+
+    Raises:
+        OptionError: if one is not of that form, or there are two for one model.
+    """
+    chosen = {"engine": _by_model("--engine", engines), "precision": _by_model("--precision", precisions)}
+    models = {"", *chosen["engine"], *chosen["precision"]}
+    return {
+        model: EngineRules(
+            **{
+                rule: values.get(model, values[""])
+                for rule, values in chosen.items()
+                if model in values or "" in values
+            }
+        )
+        for model in models
+    }
+
+
+def _by_model(option: str, texts: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for text in texts:
+        model, equals, value = text.rpartition("=")
+        _require(not equals or is_valid_name(model), f"{option} takes a value or MODEL=VALUE, not {shown(text)}")
+        _require(model not in values, f"{option} is given twice for {model or 'all models'}")
+        values[model] = value
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions:
     """How versions come and go."""
 
@@ -186,6 +263,8 @@ class ServerOptions:
     """Bounds of queues and batches."""
     engine: EngineLimits = field(default_factory=EngineLimits)
     """Bounds of engine processes."""
+    engines: Mapping[str, EngineRules] = field(default_factory=lambda: {"": EngineRules()})
+    """What each model runs on, by name; under the empty name what all others do."""
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     """How versions come and go."""
     rpc: RpcOptions = field(default_factory=RpcOptions)
@@ -201,7 +280,17 @@ class ServerOptions:
             f"--address must be HOST:PORT with a port up to 65535, or unix:PATH, not {shown(self.address)}",
         )
         _require(0 <= self.grace_s <= _DAY_S, "grace_s must be in 0 .. a day")
+        _require("" in self.engines, "engines must have an entry for all other models, under the empty name")
         _require(0 <= self.lame_duck_s <= 60, "lame_duck_s must be in 0 .. 60")
+
+    def engine_rules(self, model: str) -> EngineRules:
+        """Returns what a model's versions run on."""
+        return self.engines.get(model, self.engines[""])
+
+    @property
+    def uses_tensorflow(self) -> bool:
+        """Whether any model may run on TensorFlow."""
+        return any(kinds.TENSORFLOW in rules.engines for rules in self.engines.values())
 
     @property
     def changes_allowed(self) -> bool:

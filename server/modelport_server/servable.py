@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from time import monotonic
 
 from modelport.names import DEFAULT_SIGNATURE, shown
-from modelport.tensors import array_bytes, dtype_of
-from modelport_registry import Manifest, SignatureSpec
+from modelport_registry import Golden, Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.engines.choice import Attempt, Candidate, EngineChoice
 from modelport_server.engines.cores import CoreSharing
+from modelport_server.engines.kinds import TENSORFLOW
+from modelport_server.engines.probing import to_raw
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.protocol import Array
 from modelport_server.engines.spawner import Spawner
@@ -66,6 +68,8 @@ class Servable:
         on_rejected: called with gate and reason when the engine has crashed too often to go on.
         spawner: forks engine processes, if it can; without one they are started by themselves.
         cores: told what engine processes do, if anything is.
+        candidates: the engines that are tried, each group only if nothing of the one before will do.
+        golden: the version's golden examples; wanted where there is more than one engine.
     """
 
     def __init__(
@@ -79,12 +83,15 @@ class Servable:
         on_rejected: Callable[[str, str], object],
         spawner: Spawner | None = None,
         cores: CoreSharing | None = None,
+        candidates: Sequence[Sequence[Candidate]] = ((Candidate(TENSORFLOW),),),
+        golden: Sequence[Golden] = (),
     ) -> None:
         self.model = order.model
         self.version = order.version
         self.manifest = manifest
         self.signatures: dict[str, ServedSignature] = {}
         self.engine_name = ""
+        self.attempts: tuple[Attempt, ...] = ()
         self.golden_examples = 0
         self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
@@ -98,6 +105,8 @@ class Servable:
         self._on_rejected = on_rejected
         self._spawner = spawner
         self._cores = cores
+        self._candidates = candidates
+        self._golden = golden
         self._probes: dict[Call, Probe | None] = {}
         self._engine: EngineProcess | None = None
         self._batcher = Batcher(self, limits, order.version)
@@ -151,14 +160,23 @@ class Servable:
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
     async def _load(self) -> Loaded:
-        engine = EngineProcess(self._engine_limits, self._on_state, self._spawner, cores=self._cores)
-        try:
-            loaded = await engine.load(self._order)
-        except BaseException:
-            await engine.stop()
-            raise
-        self._engine = engine
-        return loaded
+        """Loads it on the fastest engine; another time on the same as the first."""
+        choice = EngineChoice(
+            order=self._order,
+            groups=self._candidates,
+            new_process=self._new_process,
+            signatures=self.manifest.signatures,
+            golden=self._golden,
+        )
+        chosen = await choice.run()
+        self._engine = chosen.process
+        self.attempts = self.attempts or chosen.attempts
+        self._candidates, self._golden = ((chosen.candidate,),), ()
+        return chosen.loaded
+
+    def _new_process(self, first: bool) -> EngineProcess:
+        on_state = self._on_state if first else _ignore
+        return EngineProcess(self._engine_limits, on_state, self._spawner, cores=self._cores)
 
     async def _supervise(self) -> None:
         """Starts the engine again whenever it dies, until it has died too often."""
@@ -272,7 +290,7 @@ class Servable:
             ServeError: if it can't be run.
         """
         spec = self.signature(signature).spec
-        arranged = arrange(spec, [_raw(name, array) for name, array in inputs.items()])
+        arranged = arrange(spec, to_raw(inputs))
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         call = Call(spec.name, (spec.name, _PROBE), arranged, 1, splittable=False, future=future)
         self._probes[call] = None
@@ -409,9 +427,8 @@ class Servable:
             return  # queueing it says that it has expired
 
 
-def _raw(name: str, array: Array) -> RawTensor:
-    dtype = dtype_of(array)
-    return RawTensor(name, dtype, array.shape, array_bytes(array, dtype))
+def _ignore(state: str) -> None:
+    """The version is in that state already, on another engine."""
 
 
 def _pass_on(done: asyncio.Future[Answer], call: Call) -> None:

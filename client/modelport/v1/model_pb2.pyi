@@ -234,6 +234,7 @@ class ModelVersion(google.protobuf.message.Message):
     GOLDEN_EXAMPLES_FIELD_NUMBER: builtins.int
     SIGNATURES_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
+    ENGINES_FIELD_NUMBER: builtins.int
     version: builtins.int
     state: global___ModelVersion.State.ValueType
     reason: builtins.str
@@ -256,6 +257,10 @@ class ModelVersion(google.protobuf.message.Message):
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """The metrics it was published with, for example accuracy."""
 
+    @property
+    def engines(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EngineAttempt]:
+        """How each engine did that was tried, the one that was taken among them."""
+
     def __init__(
         self,
         *,
@@ -267,11 +272,56 @@ class ModelVersion(google.protobuf.message.Message):
         golden_examples: builtins.int = ...,
         signatures: collections.abc.Iterable[global___Signature] | None = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        engines: collections.abc.Iterable[global___EngineAttempt] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["since", b"since"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "golden_examples", b"golden_examples", "metrics", b"metrics", "reason", b"reason", "signatures", b"signatures", "since", b"since", "state", b"state", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "engines", b"engines", "golden_examples", b"golden_examples", "metrics", b"metrics", "reason", b"reason", "signatures", b"signatures", "since", b"since", "state", b"state", "version", b"version"]) -> None: ...
 
 global___ModelVersion = ModelVersion
+
+@typing.final
+class EngineAttempt(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class RowMsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    ENGINE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    ROW_MS_FIELD_NUMBER: builtins.int
+    engine: builtins.str
+    """With its version, once that is known."""
+    reason: builtins.str
+    """Why it was not taken; empty for the one that was."""
+    @property
+    def row_ms(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
+        """What a row took in the median, in milliseconds, by the size of the batch
+        in rows; empty if it was not measured.
+        """
+
+    def __init__(
+        self,
+        *,
+        engine: builtins.str = ...,
+        reason: builtins.str = ...,
+        row_ms: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "reason", b"reason", "row_ms", b"row_ms"]) -> None: ...
+
+global___EngineAttempt = EngineAttempt
 
 @typing.final
 class Signature(google.protobuf.message.Message):

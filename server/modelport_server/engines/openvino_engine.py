@@ -1,23 +1,42 @@
-"""OpenVINO: reads SavedModels itself, without TensorFlow. Imported in engine processes only."""
+"""OpenVINO: reads SavedModels by itself, without TensorFlow. Imported in engine processes only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modelport.names import DEFAULT_SIGNATURE
+from modelport_registry import InvalidModelError, SignatureSpec, read_graph, read_saved_model, with_signature
 from modelport_server.engines.protocol import Array, EngineError
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """OpenVINO's names for the types that it may compute in."""
+_TAKEN = frozenset(
+    {*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64", "bool"}
+)
+    {*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64", "bool"}
+)
+_CHECKS = frozenset({"Assert", "CheckNumerics", "CheckNumericsV2"})
+"""Operations by which a model refuses inputs. OpenVINO leaves them out, and would answer instead."""
+_PREAMBLE = re.compile(
+    r"Exception from |Check '|FrontEnd API failed|Model wasn't|Summary:|To facil|[\w./]+:\d+:?$"
+)
+"""What OpenVINO puts around the error itself: source files, and general advice."""
+_PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
 _MESSAGE_CHARACTERS = 400
+_SIDE = 64
 
 
 class OpenVINOEngine:
-    """Runs the signature ``serving_default`` of a SavedModel on the processor.
+    """Runs signatures of a SavedModel on the processor.
+
+    What ``run`` returns lies in OpenVINO's own memory, and is overwritten by the next run of the signature.
 
     Args:
         threads: how many threads one batch may use; 0 leaves it to OpenVINO.
@@ -25,19 +44,19 @@ class OpenVINOEngine:
     """
 
     def __init__(self, *, threads: int = 0, precision: str = "float32") -> None:
-        import openvino
-
-        self._openvino = openvino
+        self._openvino = openvino = import_openvino()
         self._core = openvino.Core()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "ENABLE_CPU_PINNING": False,  # the server moves engines from core to core
         }
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
         self._precision = precision
         self._requests: dict[str, Any] = {}
         self._outputs: dict[str, dict[str, int]] = {}
+        self._make_threads()
 
     @property
     def name(self) -> str:
@@ -46,23 +65,44 @@ class OpenVINOEngine:
         precision = "" if self._precision == "float32" else f" {self._precision}"
         return f"openvino {version}{precision}"
 
+    def _make_threads(self) -> None:
+        """Makes OpenVINO's thread pool, which takes on this thread's priority and cores."""
+        ops = self._openvino.opset13
+        rows = ops.parameter([-1, _SIDE], np.float32)
+        model = self._openvino.Model([ops.matmul(rows, rows, transpose_a=False, transpose_b=True)], [rows], "threads")
+        compiled = self._core.compile_model(model, "CPU", self._options)
+        compiled.create_infer_request().infer({0: np.zeros((_SIDE, _SIDE), np.float32)})
+
     def load(self, path: Path, signatures: Sequence[str]) -> None:
-        """Loads the SavedModel at ``path`` and compiles it.
+        """Loads the SavedModel at ``path`` and compiles each signature.
 
         Raises:
             EngineError: if OpenVINO can't read or compile it.
         """
-        for signature in signatures:
-            if signature != DEFAULT_SIGNATURE:
-                raise EngineError(f"OpenVINO reads the signature {DEFAULT_SIGNATURE} only, and not {signature!r}")
-            try:
-                compiled = self._core.compile_model(self._core.read_model(path), "CPU", self._options)
-            except Exception as error:
-                raise EngineError(f"OpenVINO can't read it: {_public(error)}") from error
-            self._requests[signature] = compiled.create_infer_request()
-            self._outputs[signature] = {
-                name: number for number, output in enumerate(compiled.outputs) for name in output.get_names()
-            }
+        try:
+            data = (path / "saved_model.pb").read_bytes()
+            specs = read_saved_model(data).signatures
+            if checks := _CHECKS & set(_operations(data)):
+                raise EngineError(f"OpenVINO would leave out what refuses inputs: {', '.join(sorted(checks))}")
+            for name in signatures:
+                with _alone(path, data, name, specs) as folder:
+                    self._compile(folder, specs[name])
+        except (InvalidModelError, OSError) as error:
+            raise EngineError(f"OpenVINO can't read it: {error}") from error
+
+    def _compile(self, folder: Path, spec: SignatureSpec) -> None:
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.dtype not in _TAKEN:
+                raise EngineError(f"{spec.name}: OpenVINO is not given {tensor.dtype}, which {tensor.name!r} is")
+        try:
+            compiled = self._core.compile_model(self._core.read_model(folder), "CPU", self._options)
+        except Exception as error:
+            raise EngineError(f"OpenVINO can't read it: {_public(error)}") from error
+        names = {name: number for number, output in enumerate(compiled.outputs) for name in output.get_names()}
+        if missing := {tensor.name for tensor in spec.outputs} - names.keys():
+            raise EngineError(f"{spec.name}: OpenVINO does not find the outputs {sorted(missing)}")
+        self._outputs[spec.name] = {tensor.name: names[tensor.name] for tensor in spec.outputs}
+        self._requests[spec.name] = compiled.create_infer_request()
 
     def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Runs one batch.
@@ -74,12 +114,38 @@ class OpenVINOEngine:
         try:
             # Shared, because to copy inputs fails once they are larger than those of the run before.
             request.infer(dict(inputs), share_inputs=True)
-            return {name: np.array(request.get_output_tensor(number).data) for name, number in self._outputs[signature].items()}
+            return {name: request.get_output_tensor(at).data for name, at in self._outputs[signature].items()}
         except Exception as error:
             raise EngineError(f"OpenVINO failed: {_public(error)}") from error
 
 
+def import_openvino() -> Any:
+    """Imports OpenVINO and returns it."""
+    import openvino
+
+    return openvino
+
+
+@contextlib.contextmanager
+def _alone(path: Path, data: bytes, signature: str, specs: Mapping[str, SignatureSpec]) -> Generator[Path]:
+    """Gives a SavedModel of one signature alone: OpenVINO reads none but ``serving_default``."""
+    if specs.keys() == {DEFAULT_SIGNATURE} and signature == DEFAULT_SIGNATURE:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="modelport-") as folder:
+        (Path(folder) / "saved_model.pb").write_bytes(with_signature(data, signature, DEFAULT_SIGNATURE))
+        (Path(folder) / "variables").symlink_to(path / "variables")
+        yield Path(folder)
+
+
+def _operations(data: bytes) -> Iterator[str]:
+    for graph in read_graph(data):
+        for nodes in (graph.nodes, *(function.nodes for function in graph.functions.values())):
+            yield from (node.op for node in nodes)
+
+
 def _public(error: Exception) -> str:
-    """Returns the last line of what an error says: those before it name source files."""
+    """Returns what an error says in one line, without source files and paths."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:_MESSAGE_CHARACTERS]
+    line = next((line for line in lines if not _PREAMBLE.match(line)), lines[-1] if lines else type(error).__name__)
+    return _PATH.sub("...", line).strip("- ")[:_MESSAGE_CHARACTERS]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelport_registry import SignatureSpec, TensorSpec
+from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
 from modelport_server.gates.result import GateResult
 
 
@@ -26,6 +27,10 @@ class LoadOrder:
     """The signatures of the version in charge; None without one, and then nothing is compared."""
     allow_signature_changes: bool = False
     """Whether the signatures may differ from the baseline in ways that break callers."""
+    engine: str = TENSORFLOW
+    """What runs it: one of ``kinds.ENGINES``."""
+    precision: str = FLOAT32
+    """What it computes in: one of ``kinds.PRECISIONS``."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as the front sends it."""
@@ -38,6 +43,8 @@ class LoadOrder:
             "allow_ops": self.allow_ops,
             "baseline": baseline,
             "allow_signature_changes": self.allow_signature_changes,
+            "engine": self.engine,
+            "precision": self.precision,
         }
 
     @classmethod
@@ -52,6 +59,8 @@ class LoadOrder:
             tuple(document["allow_ops"]),
             None if baseline is None else {name: _signature(spec) for name, spec in baseline.items()},
             document["allow_signature_changes"],
+            document["engine"],
+            document["precision"],
         )
 
 

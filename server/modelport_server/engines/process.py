@@ -18,6 +18,7 @@ from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines.cores import BatchTimes, CoreSharing
+from modelport_server.engines.kinds import TENSORFLOW
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
@@ -139,7 +140,7 @@ class EngineProcess:
         """
         self._ready = asyncio.get_running_loop().create_future()
         try:
-            await self._start()
+            await self._start(forked=order.engine == TENSORFLOW)
             self._begin(gates.INTEGRITY)
             self._send({"op": "load", "size": messages.write_document(self._regions[0][0], self._document(order))})
             return await asyncio.shield(self._ready)
@@ -159,9 +160,10 @@ class EngineProcess:
         result = GateResult(self._gate, Outcome.FAILED, monotonic() - self._gate_began, {}, self._why)
         return RejectedError(self._gate, self._why, (*self._results, result))
 
-    async def _start(self) -> None:
+    async def _start(self, *, forked: bool) -> None:
+        """Starts the process, from the one that has imported TensorFlow if it is to be ``forked``."""
         child: Child | None = None
-        if self._spawner is not None:
+        if self._spawner is not None and forked:
             with self._open() as theirs:
                 child = await self._spawner.fork(self._fds(theirs))
         if child is None:

@@ -28,7 +28,7 @@ class Engine(Protocol):
         ...
 
     def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Runs one batch.
+        """Runs one batch. What it returns is valid until the next run of the signature.
 
         Strings are object arrays of ``bytes``; bfloat16 is ``ml_dtypes.bfloat16``.
 

@@ -10,8 +10,11 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelport_server.engines.kinds import FLOAT32
 from modelport_server.engines.protocol import Array, EngineError
 
+_FPMATH_MODES = {FLOAT32: "", "bfloat16": "BF16"}
+"""oneDNN's names for what it may compute float32 in: https://oneapi-src.github.io/oneDNN/group_dnnl_api_fpmath_mode.html"""
 _MESSAGE_CHARACTERS = 400
 _PREAMBLE = re.compile(r"Graph execution error:|Detected at node |<stack traces|Stack trace|\s")
 """What TensorFlow puts before the error itself: where it happened, with indented stack frames."""
@@ -24,9 +27,18 @@ class TensorFlowEngine:
 
     Args:
         threads: how many threads one operation may use; 0 leaves it to TensorFlow.
+        precision: what matrix products and convolutions of float32 are computed in: ``float32`` or ``bfloat16``.
+
+    Raises:
+        EngineError: if TensorFlow has no such precision.
     """
 
-    def __init__(self, *, threads: int = 0) -> None:
+    def __init__(self, *, threads: int = 0, precision: str = FLOAT32) -> None:
+        if precision not in _FPMATH_MODES:
+            raise EngineError(f"TensorFlow computes in {' or '.join(_FPMATH_MODES)}, not in {precision}")
+        self._precision = precision
+        if mode := _FPMATH_MODES[precision]:
+            os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = mode  # read when the first operation runs
         self._tf = import_tensorflow()
         if threads:
             self._tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -39,7 +51,8 @@ class TensorFlowEngine:
     @property
     def name(self) -> str:
         """The engine and its version."""
-        return f"tensorflow {self._tf.__version__}"
+        precision = "" if self._precision == FLOAT32 else f" {self._precision}"
+        return f"tensorflow {self._tf.__version__}{precision}"
 
     def load(self, path: Path, signatures: Sequence[str]) -> None:
         """Loads the SavedModel at ``path``.

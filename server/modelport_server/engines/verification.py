@@ -96,10 +96,10 @@ def _run_in_batches(engine: Engine, example: Golden, rows: int, size: int) -> di
     repeated = -(-max(size, rows) // rows)
     inputs = {name: np.concatenate([array] * repeated) for name, array in example.inputs.items()}
     stop = max(rows, size)
-    results = [
-        engine.run(example.signature, {name: array[first : first + size] for name, array in inputs.items()})
-        for first in range(0, stop, size)
-    ]
+    results: list[Mapping[str, Array]] = []
+    for first in range(0, stop, size):
+        outputs = engine.run(example.signature, {name: array[first : first + size] for name, array in inputs.items()})
+        results.append({name: np.array(array) for name, array in outputs.items()})  # the next run overwrites them
     try:
         joined = {name: np.concatenate([result[name] for result in results]) for name in example.outputs}
     except ValueError:  # as when a row is padded to the longest of its batch

@@ -21,6 +21,8 @@ _REPEATS_SHARE = 0.5
 """The share of the time that runs may be repeated in: the rest is for sizes that have not run at all."""
 _RUNS_SHARE = 0.9
 """The share of the time in which runs may end. What would take longer stays cold: slow is not broken."""
+_SHAPES_S = 2.0
+"""How long the sizes between may take to run once, in seconds, of an engine that compiles something for each."""
 
 Inputs = Mapping[str, Array]
 Request = tuple[str, Inputs]
@@ -109,6 +111,8 @@ class WarmUp:
     """The largest batch, in rows."""
     limit_s: float
     """How long it may take, in seconds."""
+    compiles_sizes: bool = False
+    """Whether the engine's first batch of each size takes longer: then the others run once, too, smallest first."""
     clock: Callable[[], float] = time.monotonic
     done: WarmedUp = field(default_factory=WarmedUp)
 
@@ -154,14 +158,28 @@ class WarmUp:
             if self.clock() + row_s * size > end_by:
                 self.done.left_cold.add(size)
                 continue
-            try:
-                spent_s = self._until_stable(signature, _resized(inputs, size), repeat_until)
-            except EngineError as error:
-                what = f"a batch of {size} of its published inputs" if size else "its published inputs"
-                raise WarmUpError(f"{signature}: the model fails on {what}: {error}") from error
+            spent_s = self._at_size(
+                signature, inputs, size, lambda sized: self._until_stable(signature, sized, repeat_until)
+            )
             if size:
                 row_s = spent_s / size
                 self.done.batch_sizes.add(size)
+        if batched and self.compiles_sizes:
+            self._sizes_between(signature, inputs, min(end_by, self.clock() + _SHAPES_S))
+
+    def _sizes_between(self, signature: str, inputs: Inputs, end_by: float) -> None:
+        for size in range(1, self.largest):
+            if self.clock() > end_by:
+                return
+            if size not in self.done.batch_sizes:
+                self._at_size(signature, inputs, size, lambda sized: self._run(signature, sized))
+
+    def _at_size(self, signature: str, inputs: Inputs, size: int, run: Callable[[Inputs], float]) -> float:
+        try:
+            return run(_resized(inputs, size))
+        except EngineError as error:
+            what = f"a batch of {size} of its published inputs" if size else "its published inputs"
+            raise WarmUpError(f"{signature}: the model fails on {what}: {error}") from error
 
     def _until_stable(self, signature: str, inputs: Inputs, repeat_until: float) -> float:
         """Returns the shortest time that a run took, in seconds."""

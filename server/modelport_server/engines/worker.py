@@ -23,6 +23,7 @@ from modelport_registry import JSON, Golden, IntegrityError, InvalidModelError, 
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines._system import Priority, close_network, live_under, take_cores
+from modelport_server.engines.kinds import OPENVINO, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.protocol import Array, Engine, EngineError
 from modelport_server.engines.verification import GoldenMismatchError, Verified, check_golden
@@ -155,7 +156,7 @@ class _Loading:
             figures |= self._check_signatures(manifest)
         with self._gate(gates.LOAD) as figures:
             engine = TimedEngine(self._load(manifest))
-            figures |= {"resident_mib": _resident_bytes() // _MIB}
+            figures |= {"engine": engine.name, "resident_mib": _resident_bytes() // _MIB}
         batched = [name for name, spec in manifest.signatures.items() if is_batchable(spec)]
         verified = Verified()
         with self._gate(gates.GOLDEN) as figures:
@@ -234,11 +235,12 @@ class _Loading:
             raise _RejectedError(str(error)) from error
 
     def _load(self, manifest: Manifest) -> Engine:
-        self._priority.run(_import_engine)
-        # Its thread pools take on the priority of the thread that makes them, and are as large as that has cores.
-        engine = self._priority.run_on_all_cores(lambda: _new_engine(self._threads))
-        self._priority.lower()
+        order = self._order
+        self._priority.run(lambda: _import_engine(order.engine))
         try:
+            # Its thread pools take on the priority of the thread that makes them, and are as large as that has cores.
+            engine = self._priority.run_on_all_cores(lambda: _new_engine(order.engine, order.precision, self._threads))
+            self._priority.lower()
             self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
         except EngineError as error:
             raise _RejectedError(str(error)) from error
@@ -276,6 +278,7 @@ class _Loading:
             batched=batched,
             largest=self._order.largest,
             limit_s=self._limits_s[gates.WARM_UP],
+            compiles_sizes=self._order.engine == OPENVINO,
         )
         try:
             warm_up.run(golden, self._requests())
@@ -324,21 +327,30 @@ def _comparison(answer: Sequence[RawTensor], outputs: Sequence[RawTensor], *, lo
 
 def preload() -> None:
     """Imports everything that loading a version needs: a process that is forked after that need not."""
-    _import_engine()
+    _import_engine(TENSORFLOW)
     for module in ("safety", "signature", "warmup_requests"):
         importlib.import_module(f"modelport_server.gates.{module}")
 
 
-def _import_engine() -> None:
-    from modelport_server.engines.tensorflow_engine import import_tensorflow
+def _import_engine(engine: str) -> None:
+    if engine == OPENVINO:
+        from modelport_server.engines.openvino_engine import import_openvino
 
-    import_tensorflow()
+        import_openvino()
+    else:
+        from modelport_server.engines.tensorflow_engine import import_tensorflow
+
+        import_tensorflow()
 
 
-def _new_engine(threads: int) -> Engine:
+def _new_engine(engine: str, precision: str, threads: int) -> Engine:
+    if engine == OPENVINO:
+        from modelport_server.engines.openvino_engine import OpenVINOEngine
+
+        return OpenVINOEngine(threads=threads, precision=precision)
     from modelport_server.engines.tensorflow_engine import TensorFlowEngine
 
-    return TensorFlowEngine(threads=threads)
+    return TensorFlowEngine(threads=threads, precision=precision)
 
 
 def _resident_bytes() -> int:

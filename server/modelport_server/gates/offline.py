@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import Manifest, Registry
-from modelport_server.batching.calls import Answer, Batch, Call, Part
+from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.gates.result import SPEED, GateResult, Outcome
 from modelport_server.gates.speed import Inputs, Probe, compare_speed, probe_sizes, shared_examples
 from modelport_server.options import EngineLimits
-from modelport_server.signatures import arrange, is_batchable
-from modelport_server.tensors import RawTensor
+from modelport_server.signatures import is_batchable
 
 OnGate = Callable[[str], object]
 
@@ -115,10 +112,4 @@ class _LoadedVersion:
         Raises:
             ServeError: if it can't be run.
         """
-        tensors = [RawTensor(n, dtype_of(a), a.shape, array_bytes(a, dtype_of(a))) for n, a in inputs.items()]
-        arranged = arrange(self.manifest.signatures[signature], tensors)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        call = Call(signature, (signature,), arranged, 1, splittable=False, future=future)
-        output = await self.engine.run(Batch(signature, [Part(call, 0, 1)]))
-        output.release()
-        return Probe(output.engine_time_us, output.cpu_time_us)
+        return await probe(self.engine, self.manifest.signatures[signature], inputs)

@@ -25,6 +25,7 @@ from modelport_registry import (
     transitions,
 )
 from modelport_registry import State as Desired
+from modelport_server.engines.choice import candidates
 from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.engines.spawner import Spawner
@@ -426,8 +427,15 @@ class ModelRollout:
             "%s@%d: available after %.1f s, %d golden examples reproduced on %s",
             self._name, tracked.version, took_s, servable.golden_examples, servable.engine_name,
         )  # fmt: skip
-        gates: list[JSON] = [gate.to_json() for gate in tracked.gates]
-        self._decisions.record("verified", tracked.version, details={"gates": gates, "seconds": round(took_s, 3)})
+        details: dict[str, JSON] = {
+            "gates": [gate.to_json() for gate in tracked.gates],
+            "seconds": round(took_s, 3),
+        }
+        if len(servable.attempts) > 1:
+            details["engines"] = [attempt.to_json() for attempt in servable.attempts]
+            for attempt in servable.attempts:
+                _log.info("%s@%d: %s", self._name, tracked.version, attempt.text)
+        self._decisions.record("verified", tracked.version, details=details)
 
     async def _new_servable(self, tracked: Tracked, hold: contextlib.ExitStack) -> Servable:
         number = tracked.version
@@ -441,16 +449,21 @@ class ModelRollout:
         manifest = tracked.manifest
         if manifest is None:
             manifest = tracked.manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
-        limits = self._options.batch
+        rules = self._options.engine_rules(self._name)
+        groups = candidates(rules.engines, rules.precision)
+        several = sum(map(len, groups)) > 1
+        golden = await asyncio.to_thread(self._registry.golden, self._name, number) if several else ()
         return Servable(
             self._order(number),
             manifest,
-            limits,
+            self._options.batch,
             self._options.engine,
             on_state=lambda state: self._on_engine_state(tracked, state),
             on_rejected=lambda gate, reason: self._spawn(self._lose(tracked, gate, reason)),
             spawner=self._spawner,
             cores=self._cores,
+            candidates=groups,
+            golden=golden,
         )
 
     def _order(self, number: int) -> LoadOrder:

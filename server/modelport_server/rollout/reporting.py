@@ -84,6 +84,7 @@ def _version_status(tracked: Tracked) -> VersionStatus:
         reason=tracked.reason,
         since=tracked.since,
         engine=servable.engine_name if servable is not None else "",
+        engines=servable.attempts if servable is not None else (),
         golden_examples=servable.golden_examples if servable is not None else 0,
         signatures=signatures,
         metrics=dict(manifest.metrics) if manifest is not None else {},

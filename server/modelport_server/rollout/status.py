@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from modelport_registry import JSON, SignatureSpec
+from modelport_server.engines.choice import Attempt
 from modelport_server.gates.result import GateResult
 from modelport_server.rollout.lifecycle import State
 
@@ -29,6 +30,8 @@ class VersionStatus:
     reason: str
     since: datetime
     engine: str = ""
+    engines: tuple[Attempt, ...] = ()
+    """How each engine did that was tried."""
     golden_examples: int = 0
     signatures: tuple[SignatureStatus, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -9,6 +9,7 @@ from typing import Any
 from modelport.tensors import DTYPES
 from modelport.v1 import model_pb2, tensor_pb2
 from modelport_registry import TensorSpec
+from modelport_server.engines.choice import Attempt
 from modelport_server.errors import UnknownNameError
 from modelport_server.once import Signal
 from modelport_server.rollout.status import ModelStatus, SignatureStatus, StatusBoard, VersionStatus
@@ -108,12 +109,17 @@ def _version(status: VersionStatus) -> model_pb2.ModelVersion:
         state=model_pb2.ModelVersion.State.Value(f"STATE_{status.state.name}"),
         reason=status.reason,
         engine=status.engine,
+        engines=[_attempt(attempt) for attempt in status.engines],
         golden_examples=status.golden_examples,
         signatures=[_signature(signature) for signature in status.signatures],
         metrics=status.metrics,
     )
     message.since.FromDatetime(status.since)
     return message
+
+
+def _attempt(attempt: Attempt) -> model_pb2.EngineAttempt:
+    return model_pb2.EngineAttempt(engine=attempt.engine, reason=attempt.reason, row_ms=attempt.row_ms)
 
 
 def _signature(status: SignatureStatus) -> model_pb2.Signature:

@@ -1,0 +1,218 @@
+"""Which engine runs a version: the fastest that reproduces its golden examples, measured on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import geometric_mean, median
+
+import numpy as np
+
+from modelport.names import DEFAULT_SIGNATURE
+from modelport_registry import JSON, Golden, SignatureSpec
+from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
+from modelport_server.engines.order import LoadOrder
+from modelport_server.engines.probing import Inputs, probe
+from modelport_server.engines.process import EngineProcess, Loaded, RejectedError
+from modelport_server.errors import ServeError
+from modelport_server.gates import result as gates
+from modelport_server.signatures import is_batchable
+
+_ROUNDS = 9
+_FEWEST_ROUNDS = 3
+_BUDGET_S = 1.0
+"""How long measuring goes on, in seconds, once there were as many rounds as there have to be."""
+_MIDDLE_ROWS = 32
+_OF_ENGINES = (gates.LOAD, gates.GOLDEN, gates.WARM_UP)
+"""The gates that one engine may fail and another one pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An engine and what it computes in."""
+
+    engine: str
+    precision: str = FLOAT32
+
+    @property
+    def text(self) -> str:
+        """It for people."""
+        return self.engine if self.precision == FLOAT32 else f"{self.engine} {self.precision}"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is what the version was made with, so that nothing has to be reproduced."""
+        return self == Candidate(TENSORFLOW)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How an engine did."""
+
+    engine: str
+    """With its version, once it is known."""
+    reason: str = ""
+    """Why it was not taken; empty for the one that was."""
+    row_ms: Mapping[int, float] = field(default_factory=dict[int, float])
+    """What a row took in the median, in milliseconds, by the size of the batch; empty if it was not measured."""
+
+    @property
+    def text(self) -> str:
+        """It for people, in one line."""
+        times = ", ".join(f"{ms:.3g} ms a row in batches of {rows}" for rows, ms in self.row_ms.items())
+        return f"{self.engine}: {self.reason or 'taken'}" + (f" ({times})" if times else "")
+
+    def to_json(self) -> dict[str, JSON]:
+        """Returns it as a JSON document."""
+        return {"engine": self.engine, "reason": self.reason, "row_ms": {str(n): ms for n, ms in self.row_ms.items()}}
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The engine that was taken, ready to run batches."""
+
+    process: EngineProcess
+    loaded: Loaded
+    candidate: Candidate
+    attempts: tuple[Attempt, ...]
+    """All that were tried, in that order."""
+
+
+def candidates(engines: Sequence[str], precision: str) -> tuple[tuple[Candidate, ...], ...]:
+    """Returns what is tried: each group only if nothing of the one before will do."""
+    wanted = tuple(Candidate(engine, precision) for engine in engines)
+    exact = tuple(Candidate(engine) for engine in engines)
+    return (wanted,) if wanted == exact else (wanted, exact)
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineChoice:
+    """Loads a version on each engine in a process of its own, and keeps the fastest that passes the gates."""
+
+    order: LoadOrder
+    groups: Sequence[Sequence[Candidate]]
+    new_process: Callable[[bool], EngineProcess]
+    """Makes a process; told whether it is the first one, whose progress is the version's."""
+    signatures: Mapping[str, SignatureSpec]
+    golden: Sequence[Golden]
+    clock: Callable[[], float] = time.monotonic
+    _attempts: list[Attempt] = field(default_factory=list[Attempt], init=False)
+    _passed: list[_Passed] = field(default_factory=list["_Passed"], init=False)
+    _rejection: RejectedError | None = field(default=None, init=False)
+
+    async def run(self) -> Chosen:
+        """Returns the engine that was taken; the processes of all others have ended.
+
+        Raises:
+            RejectedError: if the version fails a gate on each engine, or one that has nothing to do with engines.
+            UnreadableError: if the version could not be read.
+            OSError: if a process could not be started.
+        """
+        try:
+            for group in self.groups:
+                for candidate in group:
+                    await self._try(candidate)
+                if self._passed:
+                    return await self._take_fastest()
+            assert self._rejection is not None
+            raise self._rejection
+        except BaseException:
+            await asyncio.gather(*(passed.process.stop() for passed in self._passed))
+            raise
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there is nothing to choose."""
+        return sum(map(len, self.groups)) == 1
+
+    async def _try(self, candidate: Candidate) -> None:
+        if not (self._alone or candidate.is_reference or self._all_examples):
+            why = "it can't be told whether it reproduces the model: not every signature has golden examples"
+            self._attempts.append(Attempt(candidate.text, why))
+            return
+        process = self.new_process(self._rejection is None and not self._passed)
+        try:
+            order = replace(self.order, engine=candidate.engine, precision=candidate.precision)
+            loaded = await process.load(order)
+        except RejectedError as error:
+            await process.stop()
+            if error.gate not in _OF_ENGINES:
+                raise
+            self._rejection = error
+            self._attempts.append(Attempt(candidate.text, f"{error.gate}: {error}"))
+        except BaseException:
+            await process.stop()
+            raise
+        else:
+            self._passed.append(_Passed(candidate, process, loaded))
+
+    @property
+    def _all_examples(self) -> bool:
+        return {example.signature for example in self.golden} == self.signatures.keys()
+
+    async def _take_fastest(self) -> Chosen:
+        if len(self._passed) > 1:
+            await self._measure()
+        best = min(self._passed, key=lambda passed: passed.score)
+        for passed in self._passed:
+            slower = "" if passed is best else f"slower than {best.loaded.engine}"
+            self._attempts.append(Attempt(passed.loaded.engine, passed.failure or slower, passed.row_ms))
+        await asyncio.gather(*(passed.process.stop() for passed in self._passed if passed is not best))
+        return Chosen(best.process, best.loaded, best.candidate, tuple(self._attempts))
+
+    async def _measure(self) -> None:
+        """Runs equal batches on all engines in turns."""
+        example = min(self.golden, key=lambda one: one.signature != DEFAULT_SIGNATURE)
+        spec = self.signatures[example.signature]
+        ends_at = self.clock() + _BUDGET_S
+        for number in range(_ROUNDS):
+            if number >= _FEWEST_ROUNDS and self.clock() > ends_at:
+                return
+            for rows in self._sizes(spec):
+                inputs = _resized(example.inputs, rows)
+                for passed in self._passed:
+                    await passed.measure(spec, inputs, rows)
+
+    def _sizes(self, spec: SignatureSpec) -> list[int]:
+        joined = is_batchable(spec) and not any(spec.name in passed.loaded.dependent for passed in self._passed)
+        largest = self.order.largest
+        return sorted({1, min(largest, _MIDDLE_ROWS), largest}) if joined else [0]
+
+
+@dataclass(eq=False, slots=True)
+class _Passed:
+    """An engine that has passed all gates, and what it takes."""
+
+    candidate: Candidate
+    process: EngineProcess
+    loaded: Loaded
+    failure: str = ""
+    _times_us: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
+
+    async def measure(self, spec: SignatureSpec, inputs: Inputs, rows: int) -> None:
+        if self.failure:
+            return
+        try:
+            spent = await probe(self.process, spec, inputs)
+        except ServeError as error:
+            self.failure = f"it fails on golden inputs: {error}"
+            return
+        self._times_us.setdefault(max(rows, 1), []).append(spent.engine_time_us)
+
+    @property
+    def row_ms(self) -> dict[int, float]:
+        return {rows: median(times) / rows / 1e3 for rows, times in self._times_us.items()}
+
+    @property
+    def score(self) -> float:
+        """The lower the better."""
+        return math.inf if self.failure else geometric_mean(self.row_ms.values() or [1.0])
+
+
+def _resized(inputs: Inputs, rows: int) -> Inputs:
+    if not rows:
+        return inputs
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}

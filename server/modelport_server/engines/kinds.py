@@ -1,0 +1,24 @@
+"""The engines that there are, and which of them are installed here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+TENSORFLOW = "tensorflow"
+OPENVINO = "openvino"
+ENGINES = (OPENVINO, TENSORFLOW)
+"""In the order in which they are tried: the one that is sooner loaded first."""
+AUTO = "auto"
+"""The fastest of those that are installed and reproduce the golden examples."""
+FLOAT32 = "float32"
+PRECISIONS = (FLOAT32, "bfloat16", "float16")
+
+
+def installed() -> tuple[str, ...]:
+    """Returns the engines that this machine has, without importing them."""
+    return tuple(name for name in ENGINES if importlib.util.find_spec(name) is not None)
+
+
+def is_installed(engine: str) -> bool:
+    """Returns whether this machine has an engine."""
+    return engine in installed()
