@@ -115,11 +115,16 @@ def wait_for(
 
 @contextmanager
 def run_server(
-    registry: Path, scratch: Path, *arguments: str, port: int = 0, program: tuple[str, ...] = ("modelport",)
+    registry: Path,
+    scratch: Path,
+    *arguments: str,
+    port: int = 0,
+    program: tuple[str, ...] = ("modelport",),
+    engine: str = "tensorflow",
 ) -> Generator[ServerProcess]:
     """Starts a server, waits until it listens, and ends it afterwards, whatever happens."""
     scratch.mkdir(parents=True, exist_ok=True)
-    server = ServerProcess(registry, scratch, arguments, port, program)
+    server = ServerProcess(registry, scratch, ("--engine", engine, *arguments), port, program)
     try:
         server.wait_listening()
         yield server

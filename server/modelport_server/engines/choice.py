@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import geometric_mean, median
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import JSON, Golden, SignatureSpec
+from modelport_server.batching.calls import BatchRunner
 from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.probing import Inputs, probe
-from modelport_server.engines.process import EngineProcess, Loaded, RejectedError
+from modelport_server.engines.process import Loaded, RejectedError
 from modelport_server.errors import ServeError
 from modelport_server.gates import result as gates
 from modelport_server.signatures import is_batchable
@@ -70,11 +72,26 @@ class Attempt:
         return {"engine": self.engine, "reason": self.reason, "row_ms": {str(n): ms for n, ms in self.row_ms.items()}}
 
 
+class Loader(BatchRunner, Protocol):
+    """A process that has nothing loaded yet; ``EngineProcess`` is one."""
+
+    async def load(self, order: LoadOrder) -> Loaded:
+        """Loads a version, as ``EngineProcess.load``."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends it."""
+        ...
+
+
+AnyLoader = TypeVar("AnyLoader", bound=Loader)
+
+
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(Generic[AnyLoader]):
     """The engine that was taken, ready to run batches."""
 
-    process: EngineProcess
+    process: AnyLoader
     loaded: Loaded
     candidate: Candidate
     attempts: tuple[Attempt, ...]
@@ -89,21 +106,21 @@ def candidates(engines: Sequence[str], precision: str) -> tuple[tuple[Candidate,
 
 
 @dataclass(slots=True, kw_only=True)
-class EngineChoice:
+class EngineChoice(Generic[AnyLoader]):
     """Loads a version on each engine in a process of its own, and keeps the fastest that passes the gates."""
 
     order: LoadOrder
     groups: Sequence[Sequence[Candidate]]
-    new_process: Callable[[bool], EngineProcess]
+    new_process: Callable[[bool], AnyLoader]
     """Makes a process; told whether it is the first one, whose progress is the version's."""
     signatures: Mapping[str, SignatureSpec]
     golden: Sequence[Golden]
     clock: Callable[[], float] = time.monotonic
     _attempts: list[Attempt] = field(default_factory=list[Attempt], init=False)
-    _passed: list[_Passed] = field(default_factory=list["_Passed"], init=False)
+    _passed: list[_Passed[AnyLoader]] = field(default_factory=list["_Passed[AnyLoader]"], init=False)
     _rejection: RejectedError | None = field(default=None, init=False)
 
-    async def run(self) -> Chosen:
+    async def run(self) -> Chosen[AnyLoader]:
         """Returns the engine that was taken; the processes of all others have ended.
 
         Raises:
@@ -153,7 +170,7 @@ class EngineChoice:
     def _all_examples(self) -> bool:
         return {example.signature for example in self.golden} == self.signatures.keys()
 
-    async def _take_fastest(self) -> Chosen:
+    async def _take_fastest(self) -> Chosen[AnyLoader]:
         if len(self._passed) > 1:
             await self._measure()
         best = min(self._passed, key=lambda passed: passed.score)
@@ -183,11 +200,11 @@ class EngineChoice:
 
 
 @dataclass(eq=False, slots=True)
-class _Passed:
+class _Passed(Generic[AnyLoader]):
     """An engine that has passed all gates, and what it takes."""
 
     candidate: Candidate
-    process: EngineProcess
+    process: AnyLoader
     loaded: Loaded
     failure: str = ""
     _times_us: dict[int, list[float]] = field(default_factory=dict[int, list[float]])

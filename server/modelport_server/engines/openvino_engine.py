@@ -20,13 +20,9 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _TAKEN = frozenset(
     {*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64", "bool"}
 )
-    {*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64", "bool"}
-)
 _CHECKS = frozenset({"Assert", "CheckNumerics", "CheckNumericsV2"})
 """Operations by which a model refuses inputs. OpenVINO leaves them out, and would answer instead."""
-_PREAMBLE = re.compile(
-    r"Exception from |Check '|FrontEnd API failed|Model wasn't|Summary:|To facil|[\w./]+:\d+:?$"
-)
+_PREAMBLE = re.compile(r"Exception from |Check '|FrontEnd API failed|Model wasn't|Summary:|To facil|[\w./]+:\d+:?$")
 """What OpenVINO puts around the error itself: source files, and general advice."""
 _PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
 _MESSAGE_CHARACTERS = 400

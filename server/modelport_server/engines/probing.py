@@ -1,4 +1,4 @@
-"""What one batch costs on an engine process that nobody else calls."""
+"""What one batch costs on an engine that nobody else calls."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from modelport.tensors import array_bytes, dtype_of
 from modelport_registry import SignatureSpec
-from modelport_server.batching.calls import Answer, Batch, Call, Part
-from modelport_server.engines.process import EngineProcess
+from modelport_server.batching.calls import Answer, Batch, BatchRunner, Call, Part
 from modelport_server.gates.speed import Probe
 from modelport_server.signatures import arrange
 from modelport_server.tensors import RawTensor
@@ -28,7 +27,7 @@ def to_raw(inputs: Inputs) -> list[RawTensor]:
     return tensors
 
 
-async def probe(engine: EngineProcess, spec: SignatureSpec, inputs: Inputs) -> Probe:
+async def probe(engine: BatchRunner, spec: SignatureSpec, inputs: Inputs) -> Probe:
     """Runs one batch by itself and returns what it cost.
 
     Args:

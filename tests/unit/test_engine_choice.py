@@ -1,0 +1,189 @@
+"""The fastest engine that reproduces the golden examples is taken, and the others say why they were not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelport_registry import Golden, SignatureSpec, TensorSpec
+from modelport_server.batching.calls import Batch, BatchOutput
+from modelport_server.engines.choice import Candidate, Chosen, EngineChoice, candidates
+from modelport_server.engines.order import Loaded, LoadOrder
+from modelport_server.engines.process import RejectedError
+from modelport_server.errors import ModelFailureError
+
+OPENVINO, TENSORFLOW = Candidate("openvino"), Candidate("tensorflow")
+BOTH = candidates(["openvino", "tensorflow"], "float32")
+COLUMN = (TensorSpec("x", "float32", (None,)),)
+SPEC = SignatureSpec("serving_default", COLUMN, (TensorSpec("y", "float32", (None,)),))
+ROWS = np.ones(4, np.float32)
+GOLDEN = Golden("serving_default", {"x": ROWS}, {"y": ROWS})
+
+RowUs = Callable[[int], float]
+
+
+@dataclass
+class FakeProcess:
+    """A process whose engine takes so long, or fails a gate."""
+
+    row_us: Mapping[str, RowUs]
+    """What a batch takes, by engine."""
+    rejected: Mapping[str, tuple[str, str]]
+    """Gate and reason, by engine."""
+    dependent: tuple[str, ...]
+    first: bool
+    engine: str = ""
+    stopped: bool = False
+    sizes: list[int] = field(default_factory=list[int])
+
+    @property
+    def slots(self) -> int:
+        return 2
+
+    async def load(self, order: LoadOrder) -> Loaded:
+        self.engine = order.engine if order.precision == "float32" else f"{order.engine} {order.precision}"
+        if self.engine in self.rejected:
+            raise RejectedError(*self.rejected[self.engine])
+        return Loaded(f"{order.engine} 1.0", 4, self.dependent)
+
+    async def run(self, batch: Batch) -> BatchOutput:
+        assert not self.stopped
+        rows = batch.parts[0].call.inputs[0].shape[0]
+        self.sizes.append(rows)
+        if (spent_us := self.row_us[self.engine](rows)) < 0:
+            raise ModelFailureError("it is broken")
+        return BatchOutput((), int(spent_us), lambda: None)
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+@dataclass
+class Machine:
+    """Where engines are tried."""
+
+    row_us: dict[str, RowUs] = field(default_factory=dict[str, RowUs])
+    rejected: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+    dependent: tuple[str, ...] = ()
+    golden: Sequence[Golden] = (GOLDEN,)
+    processes: list[FakeProcess] = field(default_factory=list[FakeProcess])
+
+    def _new(self, first: bool) -> FakeProcess:
+        self.processes.append(FakeProcess(self.row_us, self.rejected, self.dependent, first))
+        return self.processes[-1]
+
+    async def choose(self, groups: Sequence[Sequence[Candidate]] = BOTH, largest: int = 128) -> Chosen[FakeProcess]:
+        choice = EngineChoice(
+            order=LoadOrder(Path("registry"), "digits", 3, largest),
+            groups=groups,
+            new_process=self._new,
+            signatures={"serving_default": SPEC},
+            golden=self.golden,
+        )
+        return await choice.run()
+
+    def check_only(self, chosen: Chosen[FakeProcess]) -> None:
+        """All others have ended."""
+        assert [process for process in self.processes if not process.stopped] == [chosen.process]
+
+
+def test_what_is_tried() -> None:
+    assert BOTH == ((OPENVINO, TENSORFLOW),)
+    assert candidates(["tensorflow"], "float32") == ((TENSORFLOW,),)
+    assert candidates(["openvino"], "bfloat16") == ((Candidate("openvino", "bfloat16"),), (OPENVINO,))
+
+
+@pytest.mark.parametrize(("openvino_us", "winner"), [(100.0, "openvino"), (300.0, "tensorflow")])
+async def test_the_faster_one_is_taken(openvino_us: float, winner: str) -> None:
+    machine = Machine({"openvino": lambda rows: openvino_us * rows, "tensorflow": lambda rows: 200.0 * rows})
+    chosen = await machine.choose()
+    machine.check_only(chosen)
+    assert (chosen.candidate.engine, chosen.loaded.engine) == (winner, f"{winner} 1.0")
+    reasons = {attempt.engine: attempt.reason for attempt in chosen.attempts}
+    loser = ({"openvino 1.0", "tensorflow 1.0"} - {f"{winner} 1.0"}).pop()
+    assert reasons == {f"{winner} 1.0": "", loser: f"slower than {winner} 1.0"}
+    times = {attempt.engine: attempt.row_ms for attempt in chosen.attempts}
+    assert times["tensorflow 1.0"] == pytest.approx({1: 0.2, 32: 0.2, 128: 0.2})
+    assert [process.first for process in machine.processes] == [True, False]
+
+
+async def test_all_sizes_count() -> None:
+    """What is a little faster for single rows and far slower for many is not the faster one."""
+    slow_batches: RowUs = lambda rows: 90.0 if rows == 1 else 400.0 * rows  # noqa: E731
+    machine = Machine({"openvino": slow_batches, "tensorflow": lambda rows: 100.0 * rows})
+    assert (await machine.choose()).candidate == TENSORFLOW
+
+
+async def test_rows_that_depend_on_each_other_are_measured_as_they_were_published() -> None:
+    equal: RowUs = lambda rows: 100.0  # noqa: E731
+    machine = Machine({"openvino": equal, "tensorflow": equal}, dependent=("serving_default",))
+    chosen = await machine.choose()
+    assert set(chosen.process.sizes) == {4}
+
+
+async def test_one_that_fails_while_it_is_measured_is_not_taken() -> None:
+    machine = Machine({"openvino": lambda rows: 1.0 if rows == 1 else -1.0, "tensorflow": lambda rows: 100.0})
+    chosen = await machine.choose()
+    machine.check_only(chosen)
+    assert chosen.candidate == TENSORFLOW
+    assert chosen.attempts[0].reason == "it fails on golden inputs: it is broken"
+
+
+@pytest.mark.parametrize("gate", ["load", "golden", "warm-up"])
+async def test_tensorflow_is_taken_where_the_other_fails(gate: str) -> None:
+    machine = Machine(rejected={"openvino": (gate, "no rule for MatrixDeterminant")})
+    chosen = await machine.choose()
+    machine.check_only(chosen)
+    assert chosen.candidate == TENSORFLOW
+    assert [attempt.text for attempt in chosen.attempts] == [
+        f"openvino: {gate}: no rule for MatrixDeterminant",
+        "tensorflow 1.0: taken",
+    ]
+
+
+async def test_a_version_that_fails_on_each_is_rejected_as_by_the_last() -> None:
+    machine = Machine(rejected={"openvino": ("load", "one reason"), "tensorflow": ("golden", "another")})
+    with pytest.raises(RejectedError, match="another") as caught:
+        await machine.choose()
+    assert caught.value.gate == "golden"
+    assert all(process.stopped for process in machine.processes)
+
+
+async def test_what_has_nothing_to_do_with_engines_is_not_tried_again() -> None:
+    machine = Machine(rejected={"openvino": ("integrity", "a file is missing")})
+    with pytest.raises(RejectedError, match="a file is missing"):
+        await machine.choose()
+    assert len(machine.processes) == 1
+    assert machine.processes[0].stopped
+
+
+async def test_without_golden_examples_nobody_knows_whether_another_engine_is_right() -> None:
+    machine = Machine(golden=())
+    chosen = await machine.choose()
+    assert chosen.candidate == TENSORFLOW
+    assert "golden" in chosen.attempts[0].reason
+    assert len(machine.processes) == 1
+
+
+async def test_who_asks_for_an_engine_gets_it_without_golden_examples() -> None:
+    machine = Machine(golden=())
+    assert (await machine.choose(candidates(["openvino"], "float32"))).candidate == OPENVINO
+
+
+async def test_a_precision_that_changes_the_answers_is_not_taken() -> None:
+    machine = Machine(rejected={"openvino bfloat16": ("golden", "differs")})
+    chosen = await machine.choose(candidates(["openvino"], "bfloat16"))
+    machine.check_only(chosen)
+    assert chosen.candidate == OPENVINO
+    assert [attempt.reason for attempt in chosen.attempts] == ["golden: differs", ""]
+
+
+async def test_a_precision_is_taken_that_reproduces_the_answers() -> None:
+    machine = Machine()
+    chosen = await machine.choose(candidates(["openvino"], "bfloat16"))
+    assert chosen.candidate == Candidate("openvino", "bfloat16")
+    assert len(machine.processes) == 1
