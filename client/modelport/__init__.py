@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from modelport._async_client import AsyncClient
     from modelport._client import Client
     from modelport._models import (
+        EngineAttempt,
         ModelChange,
         ModelInfo,
         SignatureInfo,
@@ -80,6 +81,7 @@ __all__ = [
     "DataLossError",
     "DeadlineExceededError",
     "EndedRollout",
+    "EngineAttempt",
     "FailedPreconditionError",
     "GateInfo",
     "InputError",
@@ -128,6 +130,7 @@ _MODULES = {
     "AsyncRollouts": "_rollouts",
     "Client": "_client",
     "EndedRollout": "_rollout_types",
+    "EngineAttempt": "_models",
     "GateInfo": "_rollout_types",
     "JournalRecord": "_rollout_types",
     "Keepalive": "_options",

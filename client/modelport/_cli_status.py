@@ -80,6 +80,10 @@ def _version_json(version: VersionInfo) -> dict[str, Any]:
         "reason": version.reason,
         "since": version.since.isoformat() if version.since else None,
         "engine": version.engine,
+        "engines": [
+            {"engine": one.engine, "reason": one.reason, "row_ms": {str(rows): ms for rows, ms in one.row_ms.items()}}
+            for one in version.engines
+        ],
         "golden_examples": version.golden_examples,
         "metrics": dict(version.metrics),
         "signatures": {

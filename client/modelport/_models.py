@@ -62,6 +62,18 @@ class SignatureInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAttempt:
+    """How an engine did that the server tried for a version."""
+
+    engine: str
+    """Its name, with its version once that is known."""
+    reason: str
+    """Why it was not taken; empty for the one that was."""
+    row_ms: Mapping[int, float]
+    """What a row took in the median, in milliseconds, by the size of the batch; empty if it was not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VersionInfo:
     """A version of a model and how it fares on the server."""
 
@@ -75,6 +87,8 @@ class VersionInfo:
     """When it got into its state, in UTC."""
     engine: str
     """The engine that runs it; empty until it is loaded."""
+    engines: tuple[EngineAttempt, ...] = ()
+    """Every engine that was tried, the one that runs it among them."""
     golden_examples: int
     """How many golden examples it reproduced on the server's machine."""
     signatures: Mapping[str, SignatureInfo]
@@ -135,9 +149,16 @@ def _version_info(message: model_pb2.ModelVersion) -> VersionInfo:
         reason=message.reason,
         since=message.since.ToDatetime(UTC) if message.HasField("since") else None,
         engine=message.engine,
+        engines=tuple(map(_engine_attempt, message.engines)),
         golden_examples=message.golden_examples,
         signatures=MappingProxyType({s.name: _signature_info(s) for s in message.signatures}),
         metrics=MappingProxyType(dict(sorted(message.metrics.items()))),
+    )
+
+
+def _engine_attempt(message: model_pb2.EngineAttempt) -> EngineAttempt:
+    return EngineAttempt(
+        engine=message.engine, reason=message.reason, row_ms=MappingProxyType(dict(sorted(message.row_ms.items())))
     )
 
 

@@ -15,7 +15,7 @@ from modelport_registry._manifest import FileEntry, Lineage, Manifest, Signature
 from modelport_registry._policy import RolloutPolicy, Step, StepKind, Strategy, parse_step, parse_strategy
 from modelport_registry._registry import Registry
 from modelport_registry._rollout import Ended, Phase, Rejection, Rollout
-from modelport_registry._saved_model import SavedModelInfo, read_saved_model, with_signature
+from modelport_registry._signatures import read_signatures, with_signature
 from modelport_registry._types import GarbageReport, Golden, JournalEntry, Published, State
 from modelport_registry._wait import check_server, wait_until_stable
 
@@ -43,7 +43,6 @@ __all__ = [
     "Rejection",
     "Rollout",
     "RolloutPolicy",
-    "SavedModelInfo",
     "SignatureSpec",
     "State",
     "Step",
@@ -54,7 +53,7 @@ __all__ = [
     "parse_step",
     "parse_strategy",
     "read_graph",
-    "read_saved_model",
+    "read_signatures",
     "transitions",
     "wait_until_stable",
     "with_signature",

@@ -59,11 +59,6 @@ def read_saved_model(data: bytes) -> SavedModelInfo:
 def with_signature(data: bytes, name: str, rename: str) -> bytes:
     """Returns the bytes of a ``saved_model.pb`` with one signature alone, under another name.
 
-    Args:
-        data: the bytes that it is made from; all else in them stays as it is.
-        name: the signature's name.
-        rename: what it is called in the result.
-
     Raises:
         InvalidModelError: if they are no SavedModel, or have no such signature.
     """

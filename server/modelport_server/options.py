@@ -165,16 +165,12 @@ def engine_rules(engines: Sequence[str], precisions: Sequence[str]) -> dict[str,
     """
     chosen = {"engine": _by_model("--engine", engines), "precision": _by_model("--precision", precisions)}
     models = {"", *chosen["engine"], *chosen["precision"]}
-    return {
-        model: EngineRules(
-            **{
-                rule: values.get(model, values[""])
-                for rule, values in chosen.items()
-                if model in values or "" in values
-            }
-        )
-        for model in models
-    }
+    return {model: EngineRules(**_rules_of(model, chosen)) for model in models}
+
+
+def _rules_of(model: str, chosen: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    given = {rule: values.get(model) or values.get("") for rule, values in chosen.items()}
+    return {rule: value for rule, value in given.items() if value}
 
 
 def _by_model(option: str, texts: Sequence[str]) -> dict[str, str]:

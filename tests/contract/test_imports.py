@@ -39,6 +39,7 @@ OTHERS = {
 
 TENSORFLOW = frozenset({"tensorflow", "keras"})
 TENSORFLOW_ALLOWED = ("modelport_server.engines.tensorflow_engine", "modelport_trainer")
+OPENVINO_ALLOWED = "modelport_server.engines.openvino_engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ def fault(found: Import) -> str | None:
     if found.top in TENSORFLOW:
         allowed = any(found.module == name or found.module.startswith(f"{name}.") for name in TENSORFLOW_ALLOWED)
         return None if allowed else f"only {' and '.join(TENSORFLOW_ALLOWED)} may import {found.top}"
+    if found.top == "openvino":
+        return None if found.module == OPENVINO_ALLOWED else f"only {OPENVINO_ALLOWED} may import openvino"
     is_command_line = any("cli" in part.split("_") or part == "_console" for part in found.module.split("."))
     others: set[str] = {*OTHERS[package]}
     if is_command_line or package == "modelport_trainer":

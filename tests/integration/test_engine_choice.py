@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -30,7 +31,7 @@ WHY_NOT = {
 """Why OpenVINO can't run others."""
 MODELS = READS | WHY_NOT.keys()
 
-Expected = dict[str, dict[str, NDArray[np.generic]]]
+Expected = dict[str, dict[str, NDArray[Any]]]
 
 
 @pytest.fixture(scope="module")

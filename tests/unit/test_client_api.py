@@ -23,6 +23,7 @@ NAMES = [
     "DataLossError",
     "DeadlineExceededError",
     "EndedRollout",
+    "EngineAttempt",
     "FailedPreconditionError",
     "GateInfo",
     "InputError",

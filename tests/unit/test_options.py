@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from modelport_server.engines import kinds
 from modelport_server.options import (
     BatchLimits,
     EngineLimits,
+    EngineRules,
     OptionError,
     RolloutOptions,
     RpcOptions,
     ServerOptions,
+    engine_rules,
 )
 
 
@@ -85,3 +89,50 @@ def test_what_is_no_address(address: str) -> None:
 def test_memory_is_limited_to_a_part_of_the_machines() -> None:
     assert EngineLimits(max_memory_bytes=5).memory_limit_bytes == 5
     assert EngineLimits().memory_limit_bytes > 1 << 20
+
+
+def test_what_models_run_on() -> None:
+    rules = engine_rules(["openvino", "digits=tensorflow"], ["digits=bfloat16", "words=float16"])
+    options = ServerOptions(registry=Path("registry"), engines=rules)
+    assert options.engine_rules("digits") == EngineRules(engine="tensorflow", precision="bfloat16")
+    assert options.engine_rules("words") == EngineRules(engine="openvino", precision="float16")
+    assert options.engine_rules("others") == EngineRules(engine="openvino")
+    assert ServerOptions(registry=Path("registry")).engine_rules("any") == EngineRules(engine="auto")
+
+
+@pytest.mark.parametrize(
+    ("engines", "precisions", "text"),
+    [
+        (["onnx"], [], "auto, openvino, tensorflow"),
+        ([], ["int4"], "float32, bfloat16, float16"),
+        (["../x=openvino"], [], "MODEL=VALUE"),
+        (["=openvino"], [], "MODEL=VALUE"),
+        (["openvino", "tensorflow"], [], "twice for all models"),
+        ([], ["digits=float16", "digits=bfloat16"], "twice for digits"),
+    ],
+)
+def test_what_models_cant_run_on(engines: list[str], precisions: list[str], text: str) -> None:
+    with pytest.raises(OptionError, match=text) as caught:
+        engine_rules(engines, precisions)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("installed", "engine", "text"),
+    [
+        ([], "auto", "modelport[server]"),
+        (["tensorflow"], "openvino", "pip install 'modelport[openvino]'"),
+        (["openvino"], "tensorflow", "pip install 'modelport[server]'"),
+    ],
+)
+def test_an_engine_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: list[str], engine: str, text: str
+) -> None:
+    monkeypatch.setattr(kinds, "installed", lambda: tuple(installed))
+    with pytest.raises(OptionError, match=re.escape(text)):
+        _ = EngineRules(engine=engine).engines
+
+
+def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "installed", lambda: ("tensorflow",))
+    assert EngineRules().engines == ("tensorflow",)

@@ -124,8 +124,10 @@ def test_the_public_names_are_these() -> None:
         "parse_step",
         "parse_strategy",
         "read_graph",
+        "read_signatures",
         "transitions",
         "wait_until_stable",
+        "with_signature",
     ]
 
 

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from modelport_registry import InvalidModelError, Registry, SignatureSpec, TensorSpec
+from modelport_registry import (
+    InvalidModelError,
+    Registry,
+    SignatureSpec,
+    TensorSpec,
+    read_signatures,
+    with_signature,
+)
 from modelport_registry._saved_model import read_saved_model
 from tests.support.saved_models import (
     SERVING_DEFAULT,
@@ -119,3 +126,18 @@ def test_models_that_tensorflow_wrote(saved_models: Path, tmp_path: Path) -> Non
         TensorSpec("y", "float32", (None, 4)),
     )
     assert {name for name in folders if not default(name).batched} == {"no_batch", "scalars"}
+
+
+def test_one_signature_alone_under_another_name() -> None:
+    data = saved_model_bytes({name: ({"x": ("float32", [None])}, {name: ("float32", [None])}) for name in ("f", "g")})
+    alone = with_signature(data, "g", "serving_default")
+    assert read_signatures(alone) == {
+        "serving_default": SignatureSpec(
+            "serving_default", (TensorSpec("x", "float32", (None,)),), (TensorSpec("g", "float32", (None,)),)
+        )
+    }
+    assert read_saved_model(alone).framework == read_saved_model(data).framework
+    with pytest.raises(InvalidModelError, match="'h'"):
+        with_signature(data, "h", "serving_default")
+    with pytest.raises(InvalidModelError, match="not a SavedModel"):
+        with_signature(b"\xff", "g", "serving_default")

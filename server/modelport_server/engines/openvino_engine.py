@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from modelport.names import DEFAULT_SIGNATURE
-from modelport_registry import InvalidModelError, SignatureSpec, read_graph, read_saved_model, with_signature
+from modelport_registry import InvalidModelError, SignatureSpec, read_graph, read_signatures, with_signature
 from modelport_server.engines.protocol import Array, EngineError
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -78,7 +78,7 @@ class OpenVINOEngine:
         """
         try:
             data = (path / "saved_model.pb").read_bytes()
-            specs = read_saved_model(data).signatures
+            specs = read_signatures(data)
             if checks := _CHECKS & set(_operations(data)):
                 raise EngineError(f"OpenVINO would leave out what refuses inputs: {', '.join(sorted(checks))}")
             for name in signatures:
