@@ -34,6 +34,10 @@ def verify(
         typer.Option(help="Compare with this version, a number or an alias.", show_default="stable, if there is one"),
     ] = None,
     max_batch_size: Annotated[int, typer.Option(help="The most rows that run together.")] = 128,
+    engine: Annotated[
+        str, typer.Option(help="tensorflow, openvino, or auto: the fastest that reproduces the golden examples.")
+    ] = "auto",
+    precision: Annotated[str, typer.Option(help="Compute in float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -52,20 +56,29 @@ def verify(
     import asyncio
 
     from modelport_registry import Registry
+    from modelport_server.engines.choice import candidates
     from modelport_server.gates.offline import OfflineCheck
-    from modelport_server.options import BatchLimits, EngineLimits
+    from modelport_server.options import BatchLimits, EngineLimits, EngineRules
 
     store = Registry(registry.absolute())
     number = store.find(model, version)
     other = _baseline(store, model, number, against)
     limits = EngineLimits(threads=threads)
+    rules = EngineRules(engine=engine, precision=precision)
     largest = BatchLimits(max_batch_size=max_batch_size).max_batch_size
     with contextlib.ExitStack() as stack:
         for held in {number, other} - {None}:
             stack.enter_context(store.lease(model, cast("int", held)))
         on_gate = stack.enter_context(_progress(f"{model} version {number}"))
         check = OfflineCheck(
-            registry=store, model=model, version=number, against=other, largest=largest, limits=limits, on_gate=on_gate
+            registry=store,
+            model=model,
+            version=number,
+            against=other,
+            largest=largest,
+            limits=limits,
+            candidates=candidates(rules.engines, rules.precision),
+            on_gate=on_gate,
         )
         results = asyncio.run(check.run())
     passed = results[-1].outcome != "failed"

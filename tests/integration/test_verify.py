@@ -27,7 +27,18 @@ TAMED = program(max_memory_bytes=1500 * MIB)
 
 
 def _verify(root: Path, *arguments: str, program: tuple[str, ...] = ("modelport",)) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", *program, "verify", MODEL, *arguments, "--registry", str(root)]
+    command = [
+        sys.executable,
+        "-m",
+        *program,
+        "verify",
+        MODEL,
+        "--engine",
+        "tensorflow",
+        *arguments,
+        "--registry",
+        str(root),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.returncode, ended.stdout, ended.stderr

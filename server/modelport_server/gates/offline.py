@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
 from modelport_registry import Manifest, Registry
+from modelport_server.engines.choice import Candidate, EngineChoice
 from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.gates.result import SPEED, GateResult, Outcome
@@ -30,6 +31,8 @@ class OfflineCheck:
     largest: int
     """The largest batch, in rows."""
     limits: EngineLimits
+    candidates: Sequence[Sequence[Candidate]]
+    """The engines that are tried, each group only if nothing of the one before will do."""
     on_gate: OnGate
     """Told each gate as it begins."""
 
@@ -59,12 +62,19 @@ class OfflineCheck:
 
     @contextlib.asynccontextmanager
     async def _loaded(self, order: LoadOrder, on_gate: OnGate) -> AsyncGenerator[_LoadedVersion]:
-        engine = EngineProcess(self.limits, lambda state: None, on_gate=on_gate)
+        manifest = self.registry.manifest(order.model, order.version)
+        choice = EngineChoice(
+            order=order,
+            groups=self.candidates,
+            new_process=lambda first: EngineProcess(self.limits, lambda state: None, on_gate=on_gate),
+            signatures=manifest.signatures,
+            golden=self.registry.golden(order.model, order.version),
+        )
+        chosen = await choice.run()
         try:
-            loaded = await engine.load(order)
-            yield _LoadedVersion(engine, loaded, self.registry.manifest(order.model, order.version))
+            yield _LoadedVersion(chosen.process, chosen.loaded, manifest)
         finally:
-            await engine.stop()
+            await chosen.process.stop()
 
     async def _speed(self, order: LoadOrder, candidate: _LoadedVersion, max_ratio: float) -> GateResult:
         if self.against is None:
