@@ -33,6 +33,11 @@ class RawTensor:
     data: Buffer
 
     @property
+    def pieces(self) -> tuple[Buffer, ...]:
+        """Its data, as ``Gathered`` has it."""
+        return (self.data,)
+
+    @property
     def inner(self) -> tuple[int, ...]:
         """The shape of one row."""
         return self.shape[1:]
@@ -41,6 +46,16 @@ class RawTensor:
     def elements(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A tensor whose rows lie in several places, to be written one after another somewhere else."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Buffer, ...]
 
 
 def _row_offsets(tensor: RawTensor) -> NDArray[np.uint32]:
@@ -88,6 +103,14 @@ def join_rows(tensors: Sequence[RawTensor]) -> RawTensor:
         return first
     data = join(first.dtype, [(tensor.elements, tensor.data) for tensor in tensors])
     return RawTensor(first.name, first.dtype, (sum(t.shape[0] for t in tensors), *first.inner), data)
+
+
+def gather_rows(tensors: Sequence[RawTensor]) -> Gathered:
+    """Returns what ``join_rows`` does, without a copy where that is possible."""
+    first = tensors[0]
+    shape = (sum(tensor.shape[0] for tensor in tensors), *first.inner)
+    pieces = (join_rows(tensors).data,) if first.dtype.is_string else tuple(tensor.data for tensor in tensors)
+    return Gathered(first.name, first.dtype, shape, pieces)
 
 
 def cut_rows(tensor: RawTensor, start: int, stop: int) -> RawTensor:

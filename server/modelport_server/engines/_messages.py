@@ -17,7 +17,7 @@ from typing import Any
 
 from modelport.tensors import DTYPES_BY_NUMBER
 from modelport_server.engines._memory import Region, aligned
-from modelport_server.tensors import RawTensor
+from modelport_server.tensors import Gathered, RawTensor
 
 MAX_MESSAGE_BYTES = 160_000
 Message = dict[str, Any]
@@ -63,22 +63,27 @@ def read_document(region: Region, size: int) -> Message:
     return unpack(bytes(region.at_least(size)[:size]))
 
 
-def describe(tensors: Sequence[RawTensor]) -> tuple[list[list[Any]], int]:
+def describe(tensors: Sequence[RawTensor | Gathered]) -> tuple[list[list[Any]], int]:
     """Returns where ``tensors`` lie when they are put one after another, and the bytes that they take."""
     entries: list[list[Any]] = []
     end = 0
     for tensor in tensors:
         start = aligned(end)
-        end = start + len(tensor.data)
-        entries.append([tensor.name, tensor.dtype.number, tensor.shape, start, len(tensor.data)])
+        end = start + sum(map(len, tensor.pieces))
+        entries.append([tensor.name, tensor.dtype.number, tensor.shape, start, end - start])
     return entries, end
 
 
-def write(region: Region, tensors: Sequence[RawTensor], entries: Sequence[Sequence[Any]], size: int) -> None:
+def write(
+    region: Region, tensors: Sequence[RawTensor | Gathered], entries: Sequence[Sequence[Any]], size: int
+) -> None:
     """Copies ``tensors`` to the places that ``describe`` gave."""
     memory = region.at_least(size)
     for tensor, entry in zip(tensors, entries, strict=True):
-        memory[entry[3] : entry[3] + entry[4]] = tensor.data
+        at = entry[3]
+        for piece in tensor.pieces:
+            memory[at : at + len(piece)] = piece
+            at += len(piece)
 
 
 def read(region: Region, entries: Sequence[Sequence[Any]], size: int) -> tuple[RawTensor, ...]:

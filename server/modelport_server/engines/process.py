@@ -27,7 +27,7 @@ from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import EngineLimits
 from modelport_server.outputs import Compared
-from modelport_server.tensors import RawTensor, cut_rows, join_rows
+from modelport_server.tensors import Gathered, RawTensor, cut_rows, gather_rows
 
 _log = logging.getLogger(__name__)
 _SLOTS = 2
@@ -275,7 +275,7 @@ class EngineProcess:
             raise EngineDiedError("the engine died")
         slot = self._free.pop()
         try:
-            future = self._begin_run("run", slot, batch.signature, _joined(batch))
+            future = self._begin_run("run", slot, batch.signature, _gathered(batch))
         except messages.MessageTooLargeError as error:
             self._free.append(slot)
             raise ModelFailureError("the call has too many inputs") from error
@@ -335,7 +335,7 @@ class EngineProcess:
         op: str,
         slot: int,
         signature: str,
-        inputs: Sequence[RawTensor],
+        inputs: Sequence[RawTensor | Gathered],
         answer: Sequence[RawTensor] = (),
         *,
         look: bool = False,
@@ -431,14 +431,14 @@ class EngineProcess:
         self._close()
 
 
-def _joined(batch: Batch) -> list[RawTensor]:
+def _gathered(batch: Batch) -> Sequence[RawTensor | Gathered]:
     """Returns the inputs of all parts, one tensor for each input of the signature."""
     parts = batch.parts
     if len(parts) == 1 and parts[0].rows == parts[0].call.rows:
-        return list(parts[0].call.inputs)
+        return parts[0].call.inputs
     count = len(parts[0].call.inputs)
     return [
-        join_rows([cut_rows(part.call.inputs[index], part.start, part.stop) for part in parts])
+        gather_rows([cut_rows(part.call.inputs[index], part.start, part.stop) for part in parts])
         for index in range(count)
     ]
 
