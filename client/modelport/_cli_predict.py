@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
-from modelport import _cli_status
+from modelport import _cli_bench, _cli_status
 from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_ADDRESS
 
@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands that call a server."""
     app.command("predict", rich_help_panel=PANEL)(predict)
     app.command("status", rich_help_panel=PANEL)(_cli_status.status)
+    app.command("bench", rich_help_panel=PANEL)(_cli_bench.bench)
 
 
 def predict(

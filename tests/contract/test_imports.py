@@ -28,7 +28,7 @@ FOLDERS = {
 }
 
 BASE = frozenset({"grpc", "google", "numpy"})
-COMMAND_LINE = frozenset({"typer", "rich", "PIL"})
+COMMAND_LINE = frozenset({"typer", "rich", "PIL", "matplotlib"})
 OTHERS = {
     "modelport": BASE | {"ml_dtypes"},
     "modelport_registry": BASE,
