@@ -239,7 +239,8 @@ def run_stage(server: Sequence[str], load: Load, inputs: Arrays, processes: int)
     shares = list(_shares(load, processes))
     with tempfile.TemporaryDirectory(prefix="modelport-bench-") as name:
         folder = Path(name)
-        np.savez(folder / "inputs.npz", **{name: np.asarray(array) for name, array in inputs.items()})
+        named: dict[str, Any] = {name: np.asarray(array) for name, array in inputs.items()}
+        np.savez(folder / "inputs.npz", **named)
         document = {"server": list(server), "loads": [asdict(share) for share in shares]}
         (folder / "load.json").write_text(json.dumps(document))
         answers = _run_processes(folder, len(shares))
@@ -358,24 +359,28 @@ def _check_picture(path: Path | None) -> None:
 
 
 def _draw(path: Path, title: str, stages: Sequence[Stage]) -> None:
-    """Draws the median and p99 against the rate, a line for each number of rows."""
+    """Draws the median and p99 against the rate, a line for each number of rows and kind of loop."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, rows in enumerate(sorted({stage.load.rows for stage in stages})):
-        points = sorted((s for s in stages if s.load.rows == rows and s.calls), key=lambda s: s.rows_per_s)
+    kinds: dict[tuple[int, str], list[Stage]] = {}
+    for stage in stages:
+        if stage.calls:
+            kinds.setdefault((stage.load.rows, "open" if stage.load.rate else "closed"), []).append(stage)
+    for number, ((rows, loop), points) in enumerate(kinds.items()):
         for percentile, line in (("p50", "-"), ("p99", "--")):
             axes.plot(
                 [stage.rows_per_s for stage in points],
-                [stage.latency_ms[percentile] for stage in points],
+                [stage.latency_ms[percentile] or 0.0 for stage in points],
                 line,
                 marker="o",
                 color=f"C{number}",
-                label=f"{rows} row{'s' if rows > 1 else ''}, {percentile}",
+                label=f"{rows} row{'s' if rows > 1 else ''}, {loop} loop, {percentile}",
             )
     axes.set(title=title, xlabel="rows per second", ylabel="latency in ms")
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if kinds:
+        axes.legend()
     figure.savefig(path, dpi=150)

@@ -74,9 +74,7 @@ def describe(tensors: Sequence[RawTensor | Gathered]) -> tuple[list[list[Any]], 
     return entries, end
 
 
-def write(
-    region: Region, tensors: Sequence[RawTensor | Gathered], entries: Sequence[Sequence[Any]], size: int
-) -> None:
+def write(region: Region, tensors: Sequence[RawTensor | Gathered], entries: Sequence[Sequence[Any]], size: int) -> None:
     """Copies ``tensors`` to the places that ``describe`` gave."""
     memory = region.at_least(size)
     for tensor, entry in zip(tensors, entries, strict=True):
