@@ -362,7 +362,7 @@ def _draw(path: Path, title: str, stages: Sequence[Stage]) -> None:
     """Draws the median and p99 against the rate, a line for each number of rows and kind of loop."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure: Any = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     kinds: dict[tuple[int, str], list[Stage]] = {}
     for stage in stages:

@@ -168,7 +168,7 @@ class EngineChoice(Generic[AnyLoader]):
 
     @property
     def _all_examples(self) -> bool:
-        return {example.signature for example in self.golden} == self.signatures.keys()
+        return {example.signature for example in self.golden} == set(self.signatures)
 
     async def _take_fastest(self) -> Chosen[AnyLoader]:
         if len(self._passed) > 1:

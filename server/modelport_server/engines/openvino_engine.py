@@ -130,7 +130,7 @@ def import_openvino() -> Any:
 @contextlib.contextmanager
 def _alone(path: Path, data: bytes, signature: str, specs: Mapping[str, SignatureSpec]) -> Generator[Path]:
     """Gives a SavedModel of one signature alone: OpenVINO reads none but ``serving_default``."""
-    if specs.keys() == {DEFAULT_SIGNATURE} and signature == DEFAULT_SIGNATURE:
+    if set(specs) == {DEFAULT_SIGNATURE} and signature == DEFAULT_SIGNATURE:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="modelport-") as folder:
