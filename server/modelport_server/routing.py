@@ -75,6 +75,11 @@ class Router:
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
 
+    @property
+    def answers(self) -> bool:
+        """Whether any version of any model takes calls."""
+        return any(route.available for route in self._routes.values())
+
     def route(self, model: str) -> Route:
         """Returns a model's route, made on first use; for the rollout."""
         return self._routes.setdefault(model, Route())

@@ -631,6 +631,22 @@ async def test_it_loads_at_the_lowest_priority_and_serves_at_the_ordinary_one(ro
         await engine.stop()
 
 
+async def test_it_loads_at_the_ordinary_priority_where_nobody_is_served_yet(root: Path, either: Spawner) -> None:
+    ordinary = os.getpriority(os.PRIO_PROCESS, 0)
+    loading: list[tuple[set[int], int]] = []
+
+    def look(state: str) -> None:
+        if state == "warming":
+            loading.append((_priorities(engine.pid), len(os.sched_getaffinity(engine.pid))))
+
+    engine = EngineProcess(EngineLimits(), look, either)
+    try:
+        await engine.load(replace(_order(root), in_haste=True))
+    finally:
+        await engine.stop()
+    assert loading == [({ordinary}, len(os.sched_getaffinity(0)))]
+
+
 def _priorities(pid: int) -> set[int]:
     return {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
 

@@ -40,6 +40,13 @@ def router() -> Router:
     return router
 
 
+def test_whether_anybody_is_served() -> None:
+    router = Router()
+    assert not router.answers
+    router.route("digits").available[3] = _servable(3)
+    assert router.answers
+
+
 @pytest.mark.parametrize(
     ("version", "alias", "answers"), [(None, None, 3), (3, None, 3), (2, None, 2), (None, "old", 2)]
 )

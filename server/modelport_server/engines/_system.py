@@ -69,10 +69,12 @@ class Priority:
 
     Args:
         cpu_clock: returns the processor time of all threads, in seconds.
+        stays: never lower it: nobody is to be spared.
     """
 
-    def __init__(self, cpu_clock: Callable[[], float] = time.process_time) -> None:
+    def __init__(self, cpu_clock: Callable[[], float] = time.process_time, *, stays: bool = False) -> None:
         self._cpu_clock = cpu_clock
+        self._stays = stays
         self._ordinary = os.getpriority(os.PRIO_PROCESS, 0)
         self._cores = os.sched_getaffinity(0)
         self._can_return = self._try_on_a_thread()
@@ -98,7 +100,8 @@ class Priority:
 
     def lower(self) -> None:
         """Gives every thread the lowest priority and fewer cores; those that are made later inherit both."""
-        _set_all(_LOWEST if self._can_return else None, fewer_cores(self._cores))
+        if not self._stays:
+            _set_all(_LOWEST if self._can_return else None, fewer_cores(self._cores))
 
     def restore(self) -> None:
         """Gives every thread the priority and the cores that the process began with."""
@@ -141,8 +144,8 @@ class Priority:
             self.lower()
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Returns what ``work`` returns, which is done at the lowest priority."""
-        return work() if self._can_return else at_lowest_priority(work)
+        """Returns what ``work`` returns, which is done at the lowest priority unless that ``stays``."""
+        return work() if self._can_return or self._stays else at_lowest_priority(work)
 
 
 def at_lowest_priority(work: Callable[[], Result]) -> Result:

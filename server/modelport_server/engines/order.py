@@ -27,6 +27,8 @@ class LoadOrder:
     """The signatures of the version in charge; None without one, and then nothing is compared."""
     allow_signature_changes: bool = False
     """Whether the signatures may differ from the baseline in ways that break callers."""
+    in_haste: bool = False
+    """Whether it may load at the ordinary priority and on all cores, because nobody is served yet."""
     engine: str = TENSORFLOW
     """What runs it: one of ``kinds.ENGINES``."""
     precision: str = FLOAT32
@@ -43,6 +45,7 @@ class LoadOrder:
             "allow_ops": self.allow_ops,
             "baseline": baseline,
             "allow_signature_changes": self.allow_signature_changes,
+            "in_haste": self.in_haste,
             "engine": self.engine,
             "precision": self.precision,
         }
@@ -59,6 +62,7 @@ class LoadOrder:
             tuple(document["allow_ops"]),
             None if baseline is None else {name: _signature(spec) for name, spec in baseline.items()},
             document["allow_signature_changes"],
+            document["in_haste"],
             document["engine"],
             document["precision"],
         )

@@ -137,7 +137,7 @@ class _Loading:
         self._limits_s: Mapping[str, float] = document["limits_s"]
         self._registry = Registry(order.root)
         self._path = Path()
-        self._priority = Priority()
+        self._priority = Priority(stays=order.in_haste)
 
     def run(self) -> Engine:
         """Returns the engine once the version has passed all gates and is warm.

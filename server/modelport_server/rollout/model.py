@@ -94,6 +94,7 @@ class ModelRollout:
         self._cores = cores
         self._options = options
         self._registry = Registry(options.registry)
+        self._router = router
         self._route = router.route(name)
         self._board = board
         self._loads = loads
@@ -477,6 +478,7 @@ class ModelRollout:
             allow_ops=rules.allow_ops,
             baseline=stable.manifest.signatures if stable is not None and stable.manifest is not None else None,
             allow_signature_changes=rules.allow_signature_changes,
+            in_haste=not self._router.answers,
         )
 
     def _stable_beside(self, number: int) -> Tracked | None:
