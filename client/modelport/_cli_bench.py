@@ -87,6 +87,7 @@ def bench(
     from modelport import Client
 
     _check_picture(picture)
+    _check_folders(json_file, picture)
     address = server or [DEFAULT_ADDRESS]
     wanted = tuple(name.strip() for name in outputs.split(",") if name.strip())
     with Client(address) as client:
@@ -105,9 +106,9 @@ def bench(
         typer.echo(f"{number} of {len(plans)}: {_text(plan)}", err=True)
         stages.append(run_stage(address, plan, arrays, processes))
     document = _document(model, version.version, version.engine, address, processes, stages)
+    _print(stages)
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    _print(stages)
     if picture is not None:
         _draw(picture, f"{model} version {version.version}, {version.engine}", stages)
     failed = sum(sum(stage.errors.values()) + stage.not_sent for stage in stages)
@@ -236,10 +237,12 @@ def run_stage(server: Sequence[str], load: Load, inputs: Arrays, processes: int)
     """
     import numpy as np
 
+    from modelport._load import INPUT
+
     shares = list(_shares(load, processes))
     with tempfile.TemporaryDirectory(prefix="modelport-bench-") as name:
         folder = Path(name)
-        named: dict[str, Any] = {name: np.asarray(array) for name, array in inputs.items()}
+        named: dict[str, Any] = {INPUT + name: np.asarray(array) for name, array in inputs.items()}
         np.savez(folder / "inputs.npz", **named)
         document = {"server": list(server), "loads": [asdict(share) for share in shares]}
         (folder / "load.json").write_text(json.dumps(document))
@@ -255,7 +258,7 @@ def run_stage(server: Sequence[str], load: Load, inputs: Arrays, processes: int)
         percentiles = {name: round(float(value), 4) for name, value in zip(PERCENTILES, found, strict=True)}
     return Stage(
         load=load,
-        calls=len(latencies),
+        calls=sum(answer["answered"] for answer in answers),
         seconds=load.seconds,
         latency_ms=percentiles,
         errors=errors,
@@ -356,6 +359,13 @@ def _check_picture(path: Path | None) -> None:
         raise InputError(f"{path}: a picture is one of {', '.join(_PICTURES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ModelportError("--picture needs: pip install 'modelport[bench]'")
+
+
+def _check_folders(*paths: Path | None) -> None:
+    """Raises before anything is measured if files can't be written in the end."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: there is no such folder to write it in")
 
 
 def _draw(path: Path, title: str, stages: Sequence[Stage]) -> None:

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
     Arrays = Mapping[str, NDArray[Any]]
 
+INPUT = "input."
+"""Put before the names of inputs in a file: one may be called as a parameter of ``numpy.savez`` is."""
 Mode = Literal["unary", "stream"]
 MAX_OUTSTANDING = 10_000
-"""An open loop does not begin more calls than this beyond those that were answered: the rest is not sent."""
+"""An open loop does not fall further behind than by so many calls: the rest is not sent."""
 _KINDS_SHOWN = 8
+_PAUSE_S = 0.05
+"""Before a stream that broke is opened again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +70,15 @@ class Measured:
 
     seconds: float = 0.0
     """What was measured for."""
+    answered: int = 0
+    """How many calls were answered meanwhile, whenever they began."""
     latencies_s: list[float] = field(default_factory=list[float])
     """Closed loop: of each call that was answered meanwhile, from its start. Open loop: of each that was due
     meanwhile, from when it was due."""
     errors: dict[str, int] = field(default_factory=dict[str, int])
-    """How many calls failed, by what they said."""
+    """How many calls and streams failed, the warm-up's too, by what they said."""
     not_sent: int = 0
-    """How many calls an open loop did not even begin, because too many had no answer."""
+    """How many calls an open loop did not even begin, because too many before them had no answer."""
     cpu_s: float = 0.0
     """Processor time that this process took meanwhile."""
 
@@ -122,12 +128,12 @@ class Driver:
 
     def _answered(self, since_s: float) -> None:
         now_s = time.monotonic()
-        if self._begin_s <= (since_s if self._load.rate else now_s) < self._end_s:
+        meanwhile = self._begin_s <= now_s < self._end_s
+        self._measured.answered += meanwhile
+        if (self._begin_s <= since_s < self._end_s) if self._load.rate else meanwhile:
             self._measured.latencies_s.append(now_s - since_s)
 
     def _failed(self, error: ModelportError) -> None:
-        if time.monotonic() < self._begin_s:
-            return
         kind = f"{type(error).__name__}: {error}"
         errors = self._measured.errors
         if kind not in errors and len(errors) >= _KINDS_SHOWN:
@@ -169,6 +175,11 @@ class Driver:
             number += 1
 
     async def _stream(self) -> None:
+        while time.monotonic() < self._end_s:
+            if not await self._one_stream():
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _one_stream(self) -> bool:
         began: deque[float] = deque()
 
         async def batches() -> AsyncGenerator[Arrays]:
@@ -176,19 +187,23 @@ class Driver:
                 began.append(now_s)
                 yield self._next()
 
-        await self._answers(batches(), began)
+        return await self._answers(batches(), began)
 
     async def _scheduled_stream(self, started_s: float) -> None:
         due: deque[float] = deque()
 
         async def batches() -> AsyncGenerator[Arrays]:
             async for moment_s in self._moments(started_s):
+                if time.monotonic() - moment_s > MAX_OUTSTANDING / self._load.rate:
+                    self._measured.not_sent += moment_s >= self._begin_s
+                    continue
                 due.append(moment_s)
                 yield self._next()
 
         await self._answers(batches(), due)
 
-    async def _answers(self, batches: AsyncGenerator[Arrays], began: deque[float]) -> None:
+    async def _answers(self, batches: AsyncGenerator[Arrays], began: deque[float]) -> bool:
+        """Takes a stream's answers; returns whether it came to its end."""
         load = self._load
         results = self._client.predict_stream(
             load.model,
@@ -208,6 +223,8 @@ class Driver:
                         self._answered(since_s)
         except ModelportError as error:
             self._failed(error)
+            return False
+        return True
 
 
 def _cpu_s() -> float:

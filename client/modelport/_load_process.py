@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from modelport import AsyncClient, ModelportError
-from modelport._load import Driver, Load
+from modelport._load import INPUT, Driver, Load
 
 
 def main() -> None:
@@ -33,10 +33,12 @@ def main() -> None:
 async def _run(folder: Path, number: int) -> None:
     document: dict[str, Any] = json.loads((folder / "load.json").read_text())
     with np.load(folder / "inputs.npz", allow_pickle=False) as file:
-        inputs = {name: file[name] for name in file}
+        inputs = {name.removeprefix(INPUT): file[name] for name in file}
     load = Load(**document["loads"][number] | {"outputs": tuple(document["loads"][number]["outputs"])})
     async with AsyncClient(document["server"]) as client:
-        await Driver(client, replace(load, rate=0.0, callers=1, warm_up_s=0.0, seconds=0.05), inputs).run()
+        first = await Driver(client, replace(load, rate=0.0, callers=1, warm_up_s=0.0, seconds=0.05), inputs).run()
+        if first.errors:
+            raise ModelportError(next(iter(first.errors)))
         gc.collect()
         gc.freeze()
         print("ready", flush=True)
@@ -44,7 +46,12 @@ async def _run(folder: Path, number: int) -> None:
             return  # nobody wants it any more
         measured = await Driver(client, load, inputs).run()
     np.save(folder / f"{number}.npy", np.array(measured.latencies_s))
-    counts = {"errors": measured.errors, "not_sent": measured.not_sent, "cpu_s": measured.cpu_s}
+    counts = {
+        "answered": measured.answered,
+        "errors": measured.errors,
+        "not_sent": measured.not_sent,
+        "cpu_s": measured.cpu_s,
+    }
     print(json.dumps(counts), flush=True)
 
 

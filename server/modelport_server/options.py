@@ -178,6 +178,7 @@ def _by_model(option: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         model, equals, value = text.rpartition("=")
         _require(not equals or is_valid_name(model), f"{option} takes a value or MODEL=VALUE, not {shown(text)}")
+        _require(bool(value), f"{option} takes a value or MODEL=VALUE, not {shown(text)}")
         _require(model not in values, f"{option} is given twice for {model or 'all models'}")
         values[model] = value
     return values
@@ -285,8 +286,13 @@ class ServerOptions:
 
     @property
     def uses_tensorflow(self) -> bool:
-        """Whether any model may run on TensorFlow."""
-        return any(kinds.TENSORFLOW in rules.engines for rules in self.engines.values())
+        """Whether any model may run on TensorFlow.
+
+        Raises:
+            OptionError: if an engine that was asked for is not installed.
+        """
+        engines = [engine for rules in self.engines.values() for engine in rules.engines]
+        return kinds.TENSORFLOW in engines
 
     @property
     def changes_allowed(self) -> bool:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import monotonic
 
@@ -167,6 +168,7 @@ class Servable:
             new_process=self._new_process,
             signatures=self.manifest.signatures,
             golden=self._golden,
+            measuring=self._cores.measuring if self._cores is not None else lambda pid: nullcontext(),
         )
         chosen = await choice.run()
         self._engine = chosen.process

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +35,10 @@ class FakeProcess:
     """What a batch takes, by engine."""
     rejected: Mapping[str, tuple[str, str]]
     """Gate and reason, by engine."""
-    dependent: tuple[str, ...]
+    dependent: Mapping[str, tuple[str, ...]]
+    """The signatures whose rows depend on each other, by engine."""
     first: bool
+    pid: int
     engine: str = ""
     stopped: bool = False
     sizes: list[int] = field(default_factory=list[int])
@@ -48,7 +51,7 @@ class FakeProcess:
         self.engine = order.engine if order.precision == "float32" else f"{order.engine} {order.precision}"
         if self.engine in self.rejected:
             raise RejectedError(*self.rejected[self.engine])
-        return Loaded(f"{order.engine} 1.0", 4, self.dependent)
+        return Loaded(f"{order.engine} 1.0", 4, self.dependent.get(order.engine, ()))
 
     async def run(self, batch: Batch) -> BatchOutput:
         assert not self.stopped
@@ -68,12 +71,15 @@ class Machine:
 
     row_us: dict[str, RowUs] = field(default_factory=dict[str, RowUs])
     rejected: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
-    dependent: tuple[str, ...] = ()
+    dependent: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     golden: Sequence[Golden] = (GOLDEN,)
     processes: list[FakeProcess] = field(default_factory=list[FakeProcess])
+    aside: list[int] = field(default_factory=list[int])
+    """Who was kept from the callers' cores while it was measured."""
 
     def _new(self, first: bool) -> FakeProcess:
-        self.processes.append(FakeProcess(self.row_us, self.rejected, self.dependent, first))
+        pid = len(self.processes) + 1
+        self.processes.append(FakeProcess(self.row_us, self.rejected, self.dependent, first, pid))
         return self.processes[-1]
 
     async def choose(self, groups: Sequence[Sequence[Candidate]] = BOTH, largest: int = 128) -> Chosen[FakeProcess]:
@@ -83,8 +89,14 @@ class Machine:
             new_process=self._new,
             signatures={"serving_default": SPEC},
             golden=self.golden,
+            measuring=self._measuring,
         )
         return await choice.run()
+
+    @contextmanager
+    def _measuring(self, pid: int) -> Generator[None]:
+        self.aside.append(pid)
+        yield
 
     def check_only(self, chosen: Chosen[FakeProcess]) -> None:
         """All others have ended."""
@@ -109,6 +121,7 @@ async def test_the_faster_one_is_taken(openvino_us: float, winner: str) -> None:
     times = {attempt.engine: attempt.row_ms for attempt in chosen.attempts}
     assert times["tensorflow 1.0"] == pytest.approx({1: 0.2, 32: 0.2, 128: 0.2})
     assert [process.first for process in machine.processes] == [True, False]
+    assert machine.aside == [1, 2]
 
 
 async def test_all_sizes_count() -> None:
@@ -120,7 +133,10 @@ async def test_all_sizes_count() -> None:
 
 async def test_rows_that_depend_on_each_other_are_measured_as_they_were_published() -> None:
     equal: RowUs = lambda rows: 100.0  # noqa: E731
-    machine = Machine({"openvino": equal, "tensorflow": equal}, dependent=("serving_default",))
+    machine = Machine(
+        {"openvino": equal, "tensorflow": equal},
+        dependent=dict.fromkeys(("openvino", "tensorflow"), ("serving_default",)),
+    )
     chosen = await machine.choose()
     assert set(chosen.process.sizes) == {4}
 
@@ -187,3 +203,35 @@ async def test_a_precision_is_taken_that_reproduces_the_answers() -> None:
     chosen = await machine.choose(candidates(["openvino"], "bfloat16"))
     assert chosen.candidate == Candidate("openvino", "bfloat16")
     assert len(machine.processes) == 1
+
+
+async def test_an_engine_that_can_not_batch_is_not_taken_beside_one_that_can() -> None:
+    machine = Machine(
+        {"openvino": lambda rows: 1.0, "tensorflow": lambda rows: 100.0}, dependent={"openvino": ("serving_default",)}
+    )
+    chosen = await machine.choose()
+    machine.check_only(chosen)
+    assert chosen.candidate == TENSORFLOW
+    assert "only in the batches that were published" in chosen.attempts[0].reason
+
+
+async def test_a_precision_without_golden_examples_is_float32() -> None:
+    machine = Machine(golden=())
+    chosen = await machine.choose(candidates(["openvino"], "bfloat16"))
+    assert chosen.candidate == OPENVINO
+    assert len(machine.processes) == 1
+
+
+async def test_where_all_fail_while_they_are_measured_the_next_are_tried() -> None:
+    broken: RowUs = lambda rows: -1.0  # noqa: E731
+    fine: RowUs = lambda rows: 10.0  # noqa: E731
+    machine = Machine(
+        {"openvino bfloat16": broken, "tensorflow bfloat16": broken, "openvino": fine, "tensorflow": fine}
+    )
+    chosen = await machine.choose(candidates(["openvino", "tensorflow"], "bfloat16"))
+    machine.check_only(chosen)
+    assert chosen.candidate.precision == "float32"
+    machine = Machine({"openvino": broken, "tensorflow": broken})
+    with pytest.raises(RejectedError, match="it is broken"):
+        await machine.choose()
+    assert all(process.stopped for process in machine.processes)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import geometric_mean, median
 from typing import Generic, Protocol, TypeVar
@@ -24,9 +24,8 @@ from modelport_server.gates import result as gates
 from modelport_server.signatures import is_batchable
 
 _ROUNDS = 9
-_FEWEST_ROUNDS = 3
 _BUDGET_S = 1.0
-"""How long measuring goes on, in seconds, once there were as many rounds as there have to be."""
+"""How long measuring goes on, in seconds, once each engine has run the smallest batch."""
 _MIDDLE_ROWS = 32
 _OF_ENGINES = (gates.LOAD, gates.GOLDEN, gates.WARM_UP)
 """The gates that one engine may fail and another one pass."""
@@ -59,7 +58,8 @@ class Attempt:
     reason: str = ""
     """Why it was not taken; empty for the one that was."""
     row_ms: Mapping[int, float] = field(default_factory=dict[int, float])
-    """What a row took in the median, in milliseconds, by the size of the batch; empty if it was not measured."""
+    """What a row took in the median, in milliseconds, by the size of the batch; empty if it was not measured. Of a
+    signature whose rows are not joined it is what a call took, under 1."""
 
     @property
     def text(self) -> str:
@@ -74,6 +74,11 @@ class Attempt:
 
 class Loader(BatchRunner, Protocol):
     """A process that has nothing loaded yet; ``EngineProcess`` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        ...
 
     async def load(self, order: LoadOrder) -> Loaded:
         """Loads a version, as ``EngineProcess.load``."""
@@ -95,7 +100,7 @@ class Chosen(Generic[AnyLoader]):
     loaded: Loaded
     candidate: Candidate
     attempts: tuple[Attempt, ...]
-    """All that were tried, in that order."""
+    """All that were tried, the one that was taken last."""
 
 
 def candidates(engines: Sequence[str], precision: str) -> tuple[tuple[Candidate, ...], ...]:
@@ -115,6 +120,8 @@ class EngineChoice(Generic[AnyLoader]):
     """Makes a process; told whether it is the first one, whose progress is the version's."""
     signatures: Mapping[str, SignatureSpec]
     golden: Sequence[Golden]
+    measuring: Callable[[int], AbstractContextManager[object]] = lambda pid: nullcontext()
+    """Entered with the pid of each engine that is measured, so that callers of others do not notice."""
     clock: Callable[[], float] = time.monotonic
     _attempts: list[Attempt] = field(default_factory=list[Attempt], init=False)
     _passed: list[_Passed[AnyLoader]] = field(default_factory=list["_Passed[AnyLoader]"], init=False)
@@ -132,21 +139,25 @@ class EngineChoice(Generic[AnyLoader]):
             for group in self.groups:
                 for candidate in group:
                     await self._try(candidate)
+                await self._drop_dependent()
+                if len(self._passed) > 1:
+                    await self._measure()
                 if self._passed:
                     return await self._take_fastest()
-            assert self._rejection is not None
-            raise self._rejection
         except BaseException:
             await asyncio.gather(*(passed.process.stop() for passed in self._passed))
             raise
+        raise self._rejection or RejectedError(gates.LOAD, self._attempts[-1].reason)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether there is nothing to choose."""
-        return sum(map(len, self.groups)) == 1
+    def _is_unproven(self, candidate: Candidate) -> bool:
+        """Whether nobody could tell if it answers as the version was published, and something else may be taken."""
+        if candidate.is_reference or {example.signature for example in self.golden} == set(self.signatures):
+            return False
+        engines = {one.engine for group in self.groups for one in group}
+        return len(engines) > 1 or candidate.precision != FLOAT32
 
     async def _try(self, candidate: Candidate) -> None:
-        if not (self._alone or candidate.is_reference or self._all_examples):
+        if self._is_unproven(candidate):
             why = "it can't be told whether it reproduces the model: not every signature has golden examples"
             self._attempts.append(Attempt(candidate.text, why))
             return
@@ -166,37 +177,52 @@ class EngineChoice(Generic[AnyLoader]):
         else:
             self._passed.append(_Passed(candidate, process, loaded))
 
-    @property
-    def _all_examples(self) -> bool:
-        return {example.signature for example in self.golden} == set(self.signatures)
+    async def _drop_dependent(self) -> None:
+        """Leaves those alone on which the most signatures can be batched."""
+        fewest = min((len(passed.loaded.dependent) for passed in self._passed), default=0)
+        for passed in list(self._passed):
+            if len(passed.loaded.dependent) > fewest:
+                await self._drop(passed, "it reproduces the golden examples only in the batches that were published")
+
+    async def _drop(self, passed: _Passed[AnyLoader], why: str) -> None:
+        self._passed.remove(passed)
+        self._attempts.append(Attempt(passed.loaded.engine, why, passed.row_ms))
+        await passed.process.stop()
 
     async def _take_fastest(self) -> Chosen[AnyLoader]:
-        if len(self._passed) > 1:
-            await self._measure()
         best = min(self._passed, key=lambda passed: passed.score)
-        for passed in self._passed:
-            slower = "" if passed is best else f"slower than {best.loaded.engine}"
-            self._attempts.append(Attempt(passed.loaded.engine, passed.failure or slower, passed.row_ms))
-        await asyncio.gather(*(passed.process.stop() for passed in self._passed if passed is not best))
+        for passed in [passed for passed in self._passed if passed is not best]:
+            await self._drop(passed, f"slower than {best.loaded.engine}")
+        self._attempts.append(Attempt(best.loaded.engine, "", best.row_ms))
         return Chosen(best.process, best.loaded, best.candidate, tuple(self._attempts))
 
     async def _measure(self) -> None:
-        """Runs equal batches on all engines in turns."""
+        """Runs equal batches on all engines in turns; drops those that fail."""
         example = min(self.golden, key=lambda one: one.signature != DEFAULT_SIGNATURE)
         spec = self.signatures[example.signature]
         ends_at = self.clock() + _BUDGET_S
-        for number in range(_ROUNDS):
-            if number >= _FEWEST_ROUNDS and self.clock() > ends_at:
-                return
-            for rows in self._sizes(spec):
-                inputs = _resized(example.inputs, rows)
-                for passed in self._passed:
-                    await passed.measure(spec, inputs, rows)
+        with ExitStack() as stack:
+            for passed in self._passed:
+                stack.enter_context(self.measuring(passed.process.pid))
+            for _ in range(_ROUNDS):
+                for inputs, rows in self._batches(example, spec):
+                    for passed in list(self._passed):
+                        try:
+                            await passed.measure(spec, inputs, rows)
+                        except ServeError as error:
+                            why = f"it fails on golden inputs: {error}"
+                            self._rejection = RejectedError(gates.WARM_UP, why)
+                            await self._drop(passed, why)
+                    if self.clock() > ends_at:
+                        return
 
-    def _sizes(self, spec: SignatureSpec) -> list[int]:
-        joined = is_batchable(spec) and not any(spec.name in passed.loaded.dependent for passed in self._passed)
+    def _batches(self, example: Golden, spec: SignatureSpec) -> list[tuple[Inputs, int]]:
+        """Returns what is run, with its number of rows; what is not joined is run as it was published."""
+        if not is_batchable(spec) or any(spec.name in passed.loaded.dependent for passed in self._passed):
+            return [(example.inputs, 1)]
         largest = self.order.largest
-        return sorted({1, min(largest, _MIDDLE_ROWS), largest}) if joined else [0]
+        sizes = sorted({1, min(largest, _MIDDLE_ROWS), largest})
+        return [(_resized(example.inputs, rows), rows) for rows in sizes]
 
 
 @dataclass(eq=False, slots=True)
@@ -206,18 +232,11 @@ class _Passed(Generic[AnyLoader]):
     candidate: Candidate
     process: AnyLoader
     loaded: Loaded
-    failure: str = ""
     _times_us: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
 
     async def measure(self, spec: SignatureSpec, inputs: Inputs, rows: int) -> None:
-        if self.failure:
-            return
-        try:
-            spent = await probe(self.process, spec, inputs)
-        except ServeError as error:
-            self.failure = f"it fails on golden inputs: {error}"
-            return
-        self._times_us.setdefault(max(rows, 1), []).append(spent.engine_time_us)
+        spent = await probe(self.process, spec, inputs)
+        self._times_us.setdefault(rows, []).append(spent.engine_time_us)
 
     @property
     def row_ms(self) -> dict[int, float]:
@@ -226,10 +245,8 @@ class _Passed(Generic[AnyLoader]):
     @property
     def score(self) -> float:
         """The lower the better."""
-        return math.inf if self.failure else geometric_mean(self.row_ms.values() or [1.0])
+        return geometric_mean(self.row_ms.values() or [1.0])
 
 
 def _resized(inputs: Inputs, rows: int) -> Inputs:
-    if not rows:
-        return inputs
     return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}

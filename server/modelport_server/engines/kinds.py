@@ -17,8 +17,3 @@ PRECISIONS = (FLOAT32, "bfloat16", "float16")
 def installed() -> tuple[str, ...]:
     """Returns the engines that this machine has, without importing them."""
     return tuple(name for name in ENGINES if importlib.util.find_spec(name) is not None)
-
-
-def is_installed(engine: str) -> bool:
-    """Returns whether this machine has an engine."""
-    return engine in installed()

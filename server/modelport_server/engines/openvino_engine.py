@@ -17,11 +17,23 @@ from modelport_server.engines.protocol import Array, EngineError
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """OpenVINO's names for the types that it may compute in."""
-_TAKEN = frozenset(
-    {*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64", "bool"}
+_OUTPUTS = frozenset({*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32)), "float32", "bool", "int64"})
+_INPUTS = _OUTPUTS - {"int64"}
+"""Types that it computes in full. It has no 64 bits: what is given to it, such as a key, may need them."""
+_REFUSING = frozenset(
+    {
+        "Assert",
+        "CheckNumerics",
+        "CheckNumericsV2",
+        "Gather",
+        "GatherV2",
+        "GatherNd",
+        "ResourceGather",
+        "ResourceGatherNd",
+    }
+    | {"FloorDiv", "FloorMod", "Mod", "TruncateDiv", "TruncateMod"}
 )
-_CHECKS = frozenset({"Assert", "CheckNumerics", "CheckNumericsV2"})
-"""Operations by which a model refuses inputs. OpenVINO leaves them out, and would answer instead."""
+"""Operations by which TensorFlow refuses inputs: places that are not there, divisors of 0. OpenVINO answers instead."""
 _PREAMBLE = re.compile(r"Exception from |Check '|FrontEnd API failed|Model wasn't|Summary:|To facil|[\w./]+:\d+:?$")
 """What OpenVINO puts around the error itself: source files, and general advice."""
 _PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
@@ -75,32 +87,43 @@ class OpenVINOEngine:
 
         Raises:
             EngineError: if OpenVINO can't read or compile it.
+            OSError: if the files can't be read now.
         """
         try:
             data = (path / "saved_model.pb").read_bytes()
             specs = read_signatures(data)
-            if checks := _CHECKS & set(_operations(data)):
-                raise EngineError(f"OpenVINO would leave out what refuses inputs: {', '.join(sorted(checks))}")
+            if found := _REFUSING & set(_operations(data)):
+                raise EngineError(f"OpenVINO would answer where these refuse inputs: {', '.join(sorted(found))}")
             for name in signatures:
                 with _alone(path, data, name, specs) as folder:
                     self._compile(folder, specs[name])
-        except (InvalidModelError, OSError) as error:
+        except InvalidModelError as error:
             raise EngineError(f"OpenVINO can't read it: {error}") from error
 
     def _compile(self, folder: Path, spec: SignatureSpec) -> None:
-        for tensor in (*spec.inputs, *spec.outputs):
-            if tensor.dtype not in _TAKEN:
-                raise EngineError(f"{spec.name}: OpenVINO is not given {tensor.dtype}, which {tensor.name!r} is")
+        for taken, tensors in ((_INPUTS, spec.inputs), (_OUTPUTS, spec.outputs)):
+            for tensor in tensors:
+                if tensor.dtype not in taken:
+                    raise EngineError(f"{spec.name}: OpenVINO is not given {tensor.dtype}, which {tensor.name!r} is")
         try:
             compiled = self._core.compile_model(self._core.read_model(folder), "CPU", self._options)
         except Exception as error:
             raise EngineError(f"OpenVINO can't read it: {_public(error)}") from error
+        try:
+            self.add(spec.name, compiled, [tensor.name for tensor in spec.outputs])
+        except KeyError as error:
+            raise EngineError(f"{spec.name}: OpenVINO does not find the output {error}") from error
+
+    def add(self, signature: str, compiled: Any, outputs: Sequence[str]) -> None:
+        """Takes a compiled model, with the names of the outputs that are wanted.
+
+        Raises:
+            KeyError: if it has no such output.
+        """
         names = {name: number for number, output in enumerate(compiled.outputs) for name in output.get_names()}
-        if missing := {tensor.name for tensor in spec.outputs} - names.keys():
-            raise EngineError(f"{spec.name}: OpenVINO does not find the outputs {sorted(missing)}")
-        self._outputs[spec.name] = {tensor.name: names[tensor.name] for tensor in spec.outputs}
-        self._inputs[spec.name] = {name: at for at, given in enumerate(compiled.inputs) for name in given.get_names()}
-        self._requests[spec.name] = compiled.create_infer_request()
+        self._outputs[signature] = {name: names[name] for name in outputs}
+        self._inputs[signature] = {name: at for at, given in enumerate(compiled.inputs) for name in given.get_names()}
+        self._requests[signature] = compiled.create_infer_request()
 
     def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Runs one batch.
@@ -109,11 +132,12 @@ class OpenVINOEngine:
             EngineError: if OpenVINO reports an error.
         """
         request, places = self._requests[signature], self._inputs[signature]
+        # It takes no others, and does not keep them: they have to live until it is done.
+        shared = {name: np.require(array, requirements=["C", "W"]) for name, array in inputs.items()}
         try:
-            for name, array in inputs.items():
+            for name, array in shared.items():
                 if name in places:  # OpenVINO leaves out inputs that nothing depends on
-                    shared = np.require(array, requirements=["C", "W"])  # it takes no others
-                    request.set_input_tensor(places[name], self._openvino.Tensor(shared, shared_memory=True))
+                    request.set_input_tensor(places[name], self._openvino.Tensor(array, shared_memory=True))
             request.infer(share_outputs=True)
             return {name: request.get_output_tensor(at).data for name, at in self._outputs[signature].items()}
         except Exception as error:

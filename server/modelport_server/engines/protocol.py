@@ -24,6 +24,7 @@ class Engine(Protocol):
 
         Raises:
             EngineError: if the model can't be loaded.
+            OSError: if its files can't be read now.
         """
         ...
 

@@ -22,7 +22,8 @@ _REPEATS_SHARE = 0.5
 _RUNS_SHARE = 0.9
 """The share of the time in which runs may end. What would take longer stays cold: slow is not broken."""
 _SHAPES_S = 2.0
-"""How long the sizes between may take to run once, in seconds, of an engine that compiles something for each."""
+"""How long the sizes between may take to run once, in seconds, for each kind of inputs of an engine that compiles
+something for each size."""
 
 Inputs = Mapping[str, Array]
 Request = tuple[str, Inputs]
@@ -165,13 +166,14 @@ class WarmUp:
                 row_s = spent_s / size
                 self.done.batch_sizes.add(size)
         if batched and self.compiles_sizes:
-            self._sizes_between(signature, inputs, min(end_by, self.clock() + _SHAPES_S))
+            self._sizes_between(signature, inputs, row_s, min(end_by, self.clock() + _SHAPES_S))
 
-    def _sizes_between(self, signature: str, inputs: Inputs, end_by: float) -> None:
+    def _sizes_between(self, signature: str, inputs: Inputs, row_s: float, end_by: float) -> None:
+        run = {*self.done.batch_sizes, *self.done.left_cold}
         for size in range(1, self.largest):
-            if self.clock() > end_by:
+            if self.clock() + row_s * size > end_by:
                 return
-            if size not in self.done.batch_sizes:
+            if size not in run:
                 self._at_size(signature, inputs, size, lambda sized: self._run(signature, sized))
 
     def _at_size(self, signature: str, inputs: Inputs, size: int, run: Callable[[Inputs], float]) -> float:

@@ -244,6 +244,8 @@ class _Loading:
             self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
         except EngineError as error:
             raise _RejectedError(str(error)) from error
+        except OSError as error:
+            raise _UnreadableError(f"its files can't be read: {error.strerror or error}") from error
         return engine
 
     def _check_golden(

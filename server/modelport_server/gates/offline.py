@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from modelport_registry import Manifest, Registry
+from modelport_registry import Golden, IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines.choice import Candidate, EngineChoice
 from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
-from modelport_server.gates.result import SPEED, GateResult, Outcome
+from modelport_server.gates.result import INTEGRITY, SPEED, GateResult, Outcome
 from modelport_server.gates.speed import Inputs, Probe, compare_speed, probe_sizes, shared_examples
 from modelport_server.options import EngineLimits
 from modelport_server.signatures import is_batchable
@@ -68,13 +68,27 @@ class OfflineCheck:
             groups=self.candidates,
             new_process=lambda first: EngineProcess(self.limits, lambda state: None, on_gate=on_gate),
             signatures=manifest.signatures,
-            golden=self.registry.golden(order.model, order.version),
+            golden=self._golden(order.version),
         )
         chosen = await choice.run()
         try:
             yield _LoadedVersion(chosen.process, chosen.loaded, manifest)
         finally:
             await chosen.process.stop()
+
+    def _golden(self, version: int) -> Sequence[Golden]:
+        """Returns the examples, where engines are chosen by them.
+
+        Raises:
+            RejectedError: if they are damaged.
+        """
+        if sum(map(len, self.candidates)) == 1:
+            return ()
+        try:
+            return self.registry.golden(self.model, version)
+        except (IntegrityError, InvalidModelError) as error:
+            result = GateResult(INTEGRITY, Outcome.FAILED, 0.0, {}, str(error))
+            raise RejectedError(INTEGRITY, str(error), (result,)) from error
 
     async def _speed(self, order: LoadOrder, candidate: _LoadedVersion, max_ratio: float) -> GateResult:
         if self.against is None:

@@ -39,7 +39,7 @@ class RolloutManager:
         self._board = board
         self._models: dict[str, ModelRollout] = {}
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
-        self._spawner = Spawner() if options.engine.zygote and options.uses_tensorflow else None
+        self._spawner = Spawner() if options.uses_tensorflow and options.engine.zygote else None
         self._cores = CoreSharing(lambda: sum(rollout.calls for rollout in self._models.values()))
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
