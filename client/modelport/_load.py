@@ -100,6 +100,15 @@ class Driver:
         self._begin_s = self._end_s = 0.0
         self._outstanding = 0
 
+    async def call_once(self) -> None:
+        """Makes one call that is not counted.
+
+        Raises:
+            ModelportError: if it fails.
+        """
+        load = self._load
+        await self._client.predict(load.model, self._next(), signature=load.signature, outputs=load.outputs or None)
+
     async def run(self) -> Measured:
         """Returns what was measured."""
         load = self._load
@@ -141,9 +150,8 @@ class Driver:
         errors[kind] = errors.get(kind, 0) + 1
 
     async def _call(self, since_s: float) -> None:
-        load = self._load
         try:
-            await self._client.predict(load.model, self._next(), signature=load.signature, outputs=load.outputs or None)
+            await self.call_once()
         except ModelportError as error:
             self._failed(error)
         else:

@@ -11,7 +11,6 @@ import asyncio
 import gc
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,14 @@ async def _run(folder: Path, number: int) -> None:
         inputs = {name.removeprefix(INPUT): file[name] for name in file}
     load = Load(**document["loads"][number] | {"outputs": tuple(document["loads"][number]["outputs"])})
     async with AsyncClient(document["server"]) as client:
-        first = await Driver(client, replace(load, rate=0.0, callers=1, warm_up_s=0.0, seconds=0.05), inputs).run()
-        if first.errors:
-            raise ModelportError(next(iter(first.errors)))
+        driver = Driver(client, load, inputs)
+        await driver.call_once()
         gc.collect()
         gc.freeze()
         print("ready", flush=True)
         if not await asyncio.to_thread(sys.stdin.readline):
             return  # nobody wants it any more
-        measured = await Driver(client, load, inputs).run()
+        measured = await driver.run()
     np.save(folder / f"{number}.npy", np.array(measured.latencies_s))
     counts = {
         "answered": measured.answered,

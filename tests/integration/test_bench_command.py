@@ -99,7 +99,7 @@ async def test_messages_of_streams(load: list[object]) -> None:
 
 async def test_failed_calls_are_counted_and_named() -> None:
     async def refuse(*_: object) -> None:
-        if len(server.requests) % 3 == 0:
+        if len(server.requests) % 3 == 0:  # not the first
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "no such thing")
 
     async with FakeServer(on_request=refuse) as server:
