@@ -6,12 +6,14 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modelport_server.engines.kinds import FLOAT32
 from modelport_server.engines.protocol import Array, EngineError
+from modelport_server.engines.tensorflow_session import new_session, session_calls
 
 _FPMATH_MODES = {FLOAT32: "", "bfloat16": "BF16"}
 """oneDNN's names for what it may compute float32 in: https://oneapi-src.github.io/oneDNN/group_dnnl_api_fpmath_mode.html"""
@@ -23,7 +25,9 @@ _PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+[\w.+-]*")
 
 
 class TensorFlowEngine:
-    """Runs signatures of a SavedModel eagerly.
+    """Runs signatures of a SavedModel: in a session where that reads the model, and else eagerly.
+
+    A session loads faster than ``tf.saved_model.load``, and a call of it costs less (``docs/adr/0049``).
 
     Args:
         threads: how many threads one operation may use; 0 leaves it to TensorFlow.
@@ -42,11 +46,11 @@ class TensorFlowEngine:
         self._tf = import_tensorflow()
         if threads:
             self._tf.config.threading.set_intra_op_parallelism_threads(threads)
-        with _quiet_stderr():
-            self._tf.constant(0)  # makes TensorFlow's thread pools, which take on this thread's priority
+        with _quiet_stderr():  # these make TensorFlow's thread pools, which take on this thread's priority
+            self._tf.constant(0)
+            self._session = new_session(self._tf)
         self._model: Any = None
-        self._functions: dict[str, Any] = {}
-        self._output_names: dict[str, list[str]] = {}
+        self._calls: dict[str, Callable[[Mapping[str, Array]], Mapping[str, Array]]] = {}
 
     @property
     def name(self) -> str:
@@ -61,13 +65,21 @@ class TensorFlowEngine:
             EngineError: if TensorFlow can't load it or a signature is missing.
         """
         try:
+            self._calls = session_calls(self._tf, self._session, path, signatures)
+        except Exception:  # what it can't do in a session, it may do eagerly, or say better why not
+            self._session.close()
+            self._calls = self._eager_calls(path, signatures)
+
+    def _eager_calls(
+        self, path: Path, signatures: Sequence[str]
+    ) -> dict[str, Callable[[Mapping[str, Array]], Mapping[str, Array]]]:
+        try:
             self._model = self._tf.saved_model.load(str(path))
         except Exception as error:
             raise EngineError(f"TensorFlow can't load it: {public_text(error)}") from error
-        for name in signatures:
-            if name not in self._model.signatures:
-                raise EngineError(f"the loaded model has no signature {name!r}")
-            self._functions[name] = self._model.signatures[name]
+        if missing := [name for name in signatures if name not in self._model.signatures]:
+            raise EngineError(f"the loaded model has no signature {missing[0]!r}")
+        return {name: partial(_run_eagerly, self._tf, self._model.signatures[name]) for name in signatures}
 
     def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Runs one batch.
@@ -78,9 +90,7 @@ class TensorFlowEngine:
         """
         errors = self._tf.errors
         try:
-            tensors = {name: self._tf.convert_to_tensor(array) for name, array in inputs.items()}
-            outputs = self._functions[signature](**tensors)
-            return {name: _to_array(tensor) for name, tensor in outputs.items()}
+            return self._calls[signature](inputs)
         except (errors.InvalidArgumentError, errors.OutOfRangeError) as error:
             raise EngineError(public_text(error), caller_fault=True) from error
         except Exception as error:
@@ -110,10 +120,15 @@ def _quiet_stderr() -> Generator[None]:
         os.close(saved)
 
 
-def _to_array(tensor: Any) -> Array:
+def _run_eagerly(tf: Any, function: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    outputs = function(**{name: tf.convert_to_tensor(array) for name, array in inputs.items()})
+    return {name: _to_array(tensor.numpy(), tensor.dtype) for name, tensor in outputs.items()}
+
+
+def _to_array(found: Any, dtype: Any) -> Array:
     import numpy as np
 
-    return np.asarray(tensor.numpy(), dtype=object if tensor.dtype == "string" else None)
+    return np.asarray(found, dtype=object if dtype == "string" else None)
 
 
 def public_text(error: Exception) -> str:
