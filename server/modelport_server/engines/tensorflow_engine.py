@@ -54,9 +54,9 @@ class TensorFlowEngine:
 
     @property
     def name(self) -> str:
-        """The engine and its version."""
+        """The engine and its version, the precision if it is not float32, and whether it runs a model eagerly."""
         precision = "" if self._precision == FLOAT32 else f" {self._precision}"
-        return f"tensorflow {self._tf.__version__}{precision}"
+        return f"tensorflow {self._tf.__version__}{precision}{' eagerly' if self._model is not None else ''}"
 
     def load(self, path: Path, signatures: Sequence[str]) -> None:
         """Loads the SavedModel at ``path``.
