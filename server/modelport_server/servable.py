@@ -168,7 +168,7 @@ class Servable:
             new_process=self._new_process,
             signatures=self.manifest.signatures,
             golden=self._golden,
-            measuring=self._cores.measuring if self._cores is not None else lambda pid: nullcontext(),
+            measuring=self._cores.measuring if self._cores is not None else lambda pids: nullcontext(),
         )
         chosen = await choice.run()
         self._engine = chosen.process

@@ -119,6 +119,10 @@ def test_refusals_are_the_callers_fault_in_a_session(tmp_path: Path) -> None:
 def test_what_is_no_model_and_a_signature_that_is_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="TensorFlow can't load it"):
         _loaded(tmp_path)
-    _save(tmp_path / "model", tf.Module(), lambda x: {"y": x}, tf.TensorSpec([None, 4], tf.float32, name="x"))
+
+    def answer(x: Any) -> dict[str, Any]:
+        return {"y": x}
+
+    _save(tmp_path / "model", tf.Module(), answer, tf.TensorSpec([None, 4], tf.float32, name="x"))
     with pytest.raises(EngineError, match="no signature 'other'"):
         _loaded(tmp_path / "model", "other")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +94,8 @@ class Machine:
         return await choice.run()
 
     @contextmanager
-    def _measuring(self, pid: int) -> Generator[None]:
-        self.aside.append(pid)
+    def _measuring(self, pids: Callable[[], Set[int]]) -> Generator[None]:
+        self.aside += sorted(pids())
         yield
 
     def check_only(self, chosen: Chosen[FakeProcess]) -> None:

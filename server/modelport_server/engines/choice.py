@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import geometric_mean, median
 from typing import Generic, Protocol, TypeVar
@@ -120,8 +120,8 @@ class EngineChoice(Generic[AnyLoader]):
     """Makes a process; told whether it is the first one, whose progress is the version's."""
     signatures: Mapping[str, SignatureSpec]
     golden: Sequence[Golden]
-    measuring: Callable[[int], AbstractContextManager[object]] = lambda pid: nullcontext()
-    """Entered with the pid of each engine that is measured, so that callers of others do not notice."""
+    measuring: Callable[[Callable[[], Set[int]]], AbstractContextManager[object]] = lambda pids: nullcontext()
+    """Entered with what returns the pids of the engines that are measured, so that callers of others do not notice."""
     clock: Callable[[], float] = time.monotonic
     _attempts: list[Attempt] = field(default_factory=list[Attempt], init=False)
     _passed: list[_Passed[AnyLoader]] = field(default_factory=list["_Passed[AnyLoader]"], init=False)
@@ -201,9 +201,7 @@ class EngineChoice(Generic[AnyLoader]):
         example = min(self.golden, key=lambda one: one.signature != DEFAULT_SIGNATURE)
         spec = self.signatures[example.signature]
         ends_at = self.clock() + _BUDGET_S
-        with ExitStack() as stack:
-            for passed in self._passed:
-                stack.enter_context(self.measuring(passed.process.pid))
+        with self.measuring(self._aside):
             for _ in range(_ROUNDS):
                 for inputs, rows in self._batches(example, spec):
                     for passed in list(self._passed):
@@ -215,6 +213,10 @@ class EngineChoice(Generic[AnyLoader]):
                             await self._drop(passed, why)
                     if self.clock() > ends_at:
                         return
+
+    def _aside(self) -> Set[int]:
+        """Returns the engines that keep off the cores of those who answer: none where nobody is served."""
+        return set[int]() if self.order.in_haste else {passed.process.pid for passed in self._passed}
 
     def _batches(self, example: Golden, spec: SignatureSpec) -> list[tuple[Inputs, int]]:
         """Returns what is run, with its number of rows; what is not joined is run as it was published."""
