@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: TID253 - the tests need not do without it
@@ -29,9 +30,11 @@ from modelport.tensors import (
     unpack_strings,
 )
 from modelport.v1 import tensor_pb2
+from modelport_server.engines import _messages as messages
+from modelport_server.engines._memory import Region
 from modelport_server.errors import InvalidCallError
 from modelport_server.rpc.codec import parse_predict, parse_stream, to_request
-from modelport_server.tensors import RawTensor, cut_rows, join_rows
+from modelport_server.tensors import Gathered, RawTensor, cut_rows, gather_rows, join_rows, owned
 
 NUMBERS = [dtype for dtype in DTYPES.values() if not dtype.is_string]
 _shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -162,6 +165,23 @@ def test_rows_that_are_cut_and_joined_are_the_same_rows(dtype: DType, data: st.D
     assert _same(_array(join_rows(pieces)), array)
     again = join_rows([join_rows(pieces), *pieces])
     assert _same(_array(again), np.concatenate([array, array]))
+    assert _same(_array(_in_shared_memory([gather_rows(pieces), tensor])[0]), array)
+
+
+def _in_shared_memory(tensors: Sequence[RawTensor | Gathered]) -> tuple[RawTensor, ...]:
+    region = Region.create("test")
+    try:
+        entries, size = messages.describe(tensors)
+        messages.write(region, tensors, entries, size)
+        return tuple(owned(tensor) for tensor in messages.read(region, entries, size))
+    finally:
+        region.close()
+
+
+def test_rows_of_numbers_are_gathered_without_a_copy() -> None:
+    tensors = [_raw(np.full((rows, 3), rows, np.uint8)) for rows in (1, 2, 5)]
+    assert gather_rows(tensors).pieces == tuple(tensor.data for tensor in tensors)
+    assert gather_rows(tensors).shape == (8, 3)
 
 
 @given(st.binary(max_size=200))
