@@ -1,4 +1,4 @@
-"""``python -m bench``: ``serving``, the default, ``loading``, ``shadow`` or ``gates``."""
+"""``python -m bench``: ``serving``, the default, ``loading``, ``shadow``, ``gates`` or ``peers``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "loading", "shadow", "gates")
+BENCHMARKS = ("serving", "loading", "shadow", "gates", "peers")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 ``small``   a convolutional classifier of 28x28 images, some 100,000 weights
 ``resnet``  ResNet-50 (He et al. 2015, as keras.applications has it), 25.6 million weights, random ones
 ``both``    the small one as ``serving_default`` and ResNet-50 beside it as ``resnet``
+``classic`` the classic MNIST network, 1.2 million weights; made by itself
 
 Each folder holds ``saved_model`` and, per signature, the golden examples as ``.npz``.
 """
@@ -24,6 +25,7 @@ from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import Golden
 
 RESNET = "resnet"
+CLASSIC = "classic"
 IMAGE = (28, 28)
 LARGE_IMAGE = (224, 224, 3)
 _EXAMPLES = 8
@@ -40,14 +42,24 @@ def made(folder: Path, *, quick: bool = False) -> Path:
         folder: where they are, or where to make them.
         quick: make something small instead of ResNet-50.
     """
-    if (folder / _LAST).exists():
-        return folder
+    if not (folder / _LAST).exists():
+        _make(folder, *["--quick"] * quick)
+    return folder
+
+
+def classic(folder: Path) -> Path:
+    """Returns the classic network's folder, made if there is none yet."""
+    if not (folder / CLASSIC / "saved_model").exists():
+        _make(folder, f"--{CLASSIC}")
+    return folder / CLASSIC
+
+
+def _make(folder: Path, *options: str) -> None:
     say("making the models")
-    command = [sys.executable, "-m", "bench.models", str(folder), *["--quick"] * quick]
+    command = [sys.executable, "-m", "bench.models", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: the models can't be made: {done.stderr[-2000:]}")
-    return folder
 
 
 def golden(folder: Path) -> list[Golden]:
@@ -95,11 +107,11 @@ def _resnet(quick: bool) -> Any:
     return keras.Sequential([keras.Input(LARGE_IMAGE), layers.GlobalAveragePooling2D(), layers.Dense(10)])
 
 
-def _save(folder: Path, parts: Mapping[str, Any]) -> None:
+def _save(folder: Path, parts: Mapping[str, Any], *, cast: bool = True) -> None:
     tf = _library("tensorflow")
     module = tf.Module()
-    module.parts = list(parts.values())
-    signatures = {name: _signature(part) for name, part in parts.items()}
+    module.weights = [variable.value for part in parts.values() for variable in part.variables]  # as the trainer does
+    signatures = {name: _signature(part, cast=cast) for name, part in parts.items()}
     tf.saved_model.save(module, str(folder / "saved_model"), signatures=signatures)
     for name, part in parts.items():
         images = np.random.default_rng(0).integers(0, 256, (_EXAMPLES, *part.input_shape[1:])).astype(np.uint8)
@@ -109,11 +121,11 @@ def _save(folder: Path, parts: Mapping[str, Any]) -> None:
         np.savez(folder / f"{name}.npz", **named)
 
 
-def _signature(part: Any) -> Any:
+def _signature(part: Any, *, cast: bool) -> Any:
     tf = _library("tensorflow")
 
     def answer(images: Any) -> dict[str, Any]:
-        return {"probabilities": part(tf.cast(images, tf.float32), training=False)}
+        return {"probabilities": part(tf.cast(images, tf.float32) if cast else images, training=False)}
 
     spec = tf.TensorSpec((None, *part.input_shape[1:]), tf.uint8, name="images")
     return tf.function(answer, input_signature=[spec]).get_concrete_function()
@@ -125,6 +137,12 @@ def main() -> None:
     keras = _library("keras")
     keras.utils.set_random_seed(1)
     folder = Path(sys.argv[1])
+    if f"--{CLASSIC}" in sys.argv:
+        from modelport_trainer.model import HyperParameters, build
+
+        network = build(HyperParameters(), image_shape=IMAGE, classes=10)
+        _save(folder / CLASSIC, {DEFAULT_SIGNATURE: network}, cast=False)
+        return
     small, resnet = _small(), _resnet("--quick" in sys.argv)
     _save(folder / "small", {DEFAULT_SIGNATURE: small})
     _save(folder / "resnet", {DEFAULT_SIGNATURE: resnet})
