@@ -265,12 +265,20 @@ def write_payloads(bench: Bench) -> None:
         (bench.folder / f"ours-u-{count}").write_bytes(request.SerializeToString())
         streamed = pb.PredictStreamRequest(request=request)
         (bench.folder / f"ours-s-{count}").write_bytes(streamed.SerializeToString())
+    if not _peers(bench.options):
+        return
     python = bench.environments / PYTRITON / "bin" / "python"
     command = [python, _HERE / "peer" / "payload.py", bench.folder, *map(str, rows)]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     for count in rows:
         for kind in "us":
             shutil.copy(bench.folder / f"v2-{count}", bench.folder / f"v2-{kind}-{count}")
+
+
+def _peers(options: argparse.Namespace) -> list[str]:
+    """Returns the environments that are needed: PyTriton's writes the messages of all peers."""
+    peers = [name for name in options.servers if name != MODELPORT]
+    return list(dict.fromkeys([PYTRITON, *peers])) if peers else []
 
 
 def limits(bench: Bench, engine: str) -> dict[str, float]:
@@ -366,7 +374,7 @@ def main(arguments: Sequence[str]) -> None:
     environments = options.environments.resolve()
     environments.mkdir(parents=True, exist_ok=True)
     loadgen = build_loadgen(environments)
-    for name in {PYTRITON, *options.servers} - {MODELPORT}:
+    for name in _peers(options):
         environment(environments, name, options.python)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
 
 from bench.gates import QUICK
 from bench.loading import VARIANTS
+from bench.peers import CASES, ENGINES
 from bench.shadow import LOADS
 from modelport_server.gates.result import GATES
 
@@ -74,7 +76,24 @@ def test_gates(tmp_path: Path) -> None:
     assert 0 < pooled["strictly"]["calls"] < pooled["during"]["calls"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    subprocess.run(["pkg-config", "--exists", "grpc++"], check=False).returncode != 0 if which("pkg-config") else True,
+    reason="the load generator takes gRPC for C++",
+)
+def test_peers_without_any(tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    options = ["--servers", "modelport", "--rounds", "1", "--seconds", "0.5", "--environments", str(tmp_path / "peers")]
+    command = [sys.executable, "-m", "bench", "peers", *options, "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["engine"] for row in rows} == set(ENGINES)
+    assert len(rows) == len(ENGINES) * (1 + len(CASES))
+    assert all(row["rows_per_s"] > 0 and row["failed"] == 0 for row in rows if row["server"])
+
+
 def test_unknown_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates\n"
+    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates, peers\n"
