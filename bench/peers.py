@@ -45,7 +45,7 @@ _V2 = "/inference.GRPCInferenceService"
 _OURS = "/modelport.v1.PredictionService"
 _INSTALLED = {
     PYTRITON: ("nvidia-pytriton==0.7.0",),
-    MLSERVER: ("mlserver==1.7.1",),
+    MLSERVER: ("mlserver==1.7.1", "uvloop==0.21.0"),  # its workers do not start with newer ones
 }
 """Peers, by what is installed besides the engines."""
 _WITH_ENGINES = ("tensorflow", "openvino")
