@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from modelport.exceptions import InputError, ModelportError
-from modelport.names import DEFAULT_ADDRESS
+from modelport.names import DEFAULT_ADDRESS, DEFAULT_SIGNATURE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,10 +95,10 @@ def bench(
         version = info.version(info.serving_version or 0)
         if version is None:
             raise ModelportError(f"the server has no version of {model} that answers calls: modelport status {model}")
-        spec = version.signatures.get(signature or "serving_default")
+        spec = version.signatures.get(signature or DEFAULT_SIGNATURE)
         if spec is None:
             names = ", ".join(version.signatures)
-            raise InputError(f"{model} has no signature {signature or 'serving_default'!r}; it has {names}")
+            raise InputError(f"{model} has no signature {signature or DEFAULT_SIGNATURE!r}; it has {names}")
     arrays = _read(inputs, spec) if inputs else random_inputs(spec)
     plans = list(_plans(model, mode, rows or [1], callers, rate or [], window, seconds, warm_up, signature, wanted))
     stages: list[Stage] = []

@@ -41,7 +41,7 @@ def main() -> None:
     one._say = reply
     if who == "between":
         setattr(os, "write", _no_write(file))  # noqa: B010 - it is not ours
-    setattr(worker, "_import_engine", lambda: None)  # noqa: B010
+    setattr(worker, "_import_engine", lambda engine: None)  # noqa: B010
     zygote.main()
 
 

@@ -114,14 +114,14 @@ def _hold_at_gates() -> None:
     loading._gate, worker.Worker._run = gate, run  # type: ignore[method-assign]
 
 
-def _new_engine(threads: int) -> StubEngine:
+def _new_engine(engine: str, precision: str, threads: int) -> StubEngine:
     return StubEngine()
 
 
 def main() -> None:
     """Is what the first argument names, without TensorFlow."""
     module = sys.argv.pop(1)
-    setattr(worker, "_import_engine", lambda: None)  # noqa: B010 - it is not ours
+    setattr(worker, "_import_engine", lambda engine: None)  # noqa: B010 - it is not ours
     setattr(worker, "_new_engine", _new_engine)  # noqa: B010
     if os.environ[HOLD]:
         _hold_at_gates()

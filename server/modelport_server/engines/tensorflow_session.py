@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message_factory import GetMessageClass
 
 from modelport_server.engines.protocol import Array
 
-_CALLERS_THREAD = -1
-"""The number of the pool, to a session, that is no pool: operations run on the thread that calls."""
 _TAGS = ("serve",)
 
 
@@ -63,9 +62,9 @@ def _call(tf: Any, session: Any, spec: Any) -> Callable[[Mapping[str, Array]], M
         raise NotInSessionError("one tensor has two names, or is input and output")
     _check_restored(tf, session, [tensor.op for tensor in wanted.values()])
     fetched = sorted({tensor.name for tensor in wanted.values()})
-    options = tf.compat.v1.RunOptions(inter_op_thread_pool=_CALLERS_THREAD)
+    options = _callable_options(tf)(feed=list(given.values()), fetch=fetched)
     # ``make_callable`` is public, but takes no options, and with inputs it is no faster than ``run``.
-    run = session._make_callable_from_options(_callable_options(list(given.values()), fetched, options))  # noqa: SLF001
+    run = session._make_callable_from_options(options)  # noqa: SLF001
     places = {name: (fetched.index(tensor.name), tensor.dtype == "string") for name, tensor in wanted.items()}
 
     def call(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -75,12 +74,10 @@ def _call(tf: Any, session: Any, spec: Any) -> Callable[[Mapping[str, Array]], M
     return call
 
 
-def _callable_options(feed: Sequence[str], fetch: Sequence[str], run_options: Any) -> Any:
-    from tensorflow.core.protobuf import config_pb2
-
-    options: Any = config_pb2.CallableOptions(feed=feed, fetch=fetch)
-    options.run_options.CopyFrom(run_options)
-    return options
+def _callable_options(tf: Any) -> Any:
+    """Returns the message class, which TensorFlow has under no public name."""
+    file: Any = tf.compat.v1.RunOptions.DESCRIPTOR.file
+    return GetMessageClass(file.message_types_by_name["CallableOptions"])
 
 
 def _check_restored(tf: Any, session: Any, outputs: Iterable[Any]) -> None:
