@@ -26,6 +26,10 @@ def _no_write(file: Path) -> Callable[[int, bytes], None]:
     return lambda fd, data: _die(data.decode(), file)
 
 
+def _import_nothing(_: str) -> None:
+    """It forks nothing that would need a library."""
+
+
 def main() -> None:
     """Runs the real zygote."""
     who, file = sys.argv[1], Path(sys.argv[2])
@@ -41,7 +45,7 @@ def main() -> None:
     one._say = reply
     if who == "between":
         setattr(os, "write", _no_write(file))  # noqa: B010 - it is not ours
-    setattr(worker, "_import_engine", lambda engine: None)  # noqa: B010
+    setattr(worker, "_import_engine", _import_nothing)  # noqa: B010
     zygote.main()
 
 

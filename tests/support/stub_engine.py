@@ -118,10 +118,14 @@ def _new_engine(engine: str, precision: str, threads: int) -> StubEngine:
     return StubEngine()
 
 
+def _import_nothing(_: str) -> None:
+    """The stub needs no library."""
+
+
 def main() -> None:
     """Is what the first argument names, without TensorFlow."""
     module = sys.argv.pop(1)
-    setattr(worker, "_import_engine", lambda engine: None)  # noqa: B010 - it is not ours
+    setattr(worker, "_import_engine", _import_nothing)  # noqa: B010 - it is not ours
     setattr(worker, "_new_engine", _new_engine)  # noqa: B010
     if os.environ[HOLD]:
         _hold_at_gates()
