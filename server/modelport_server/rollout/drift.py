@@ -8,6 +8,7 @@ how restless callers and machine are (``docs/adr/0048``).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -29,6 +30,7 @@ _MOST_SHIFT = 0.7
 """The part of the way to a single category that it may go at most: however restless all was, that is a fault."""
 
 
+@lru_cache(maxsize=32)  # what a watch compares with stays the same, and callers wait meanwhile
 def time_drift(counts: Counts) -> float:
     """Returns how many times as long batches may come to take, 1 or more, by how their median has drifted so far.
 
@@ -64,7 +66,7 @@ def shift_drift(counts: Counts, categories: Floats, max_shift: float) -> float:
         np.mean([1 / max(stretch[BATCHES], 1) for stretch in stretches])
     )
     total = float(variances.sum())
-    # As a total variation distance, of which a part of the variance that is as large is left out everywhere.
+    # The total variation distance, less the part of it that chance explains.
     distance = float(np.sqrt(variances).sum()) / 2 * _beyond_chance(total, chance) / max(math.sqrt(total), 1e-12)
     room = max(1.0 - float(usual.max()) - max_shift, 0.0)
     return max_shift + min(_FARTHER * distance, _MOST_SHIFT * room)

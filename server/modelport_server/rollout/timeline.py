@@ -18,7 +18,7 @@ _LONG = 2
 Whole = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Counts:
     """What a timeline had counted at a moment."""
 
