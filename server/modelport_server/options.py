@@ -14,6 +14,7 @@ from modelport_server.engines import kinds
 
 MIB = 1 << 20
 _DAY_S = 86_400.0
+_MOST_INSTANCES = 64
 
 
 class OptionError(ModelportError):
@@ -82,8 +83,10 @@ class EngineLimits:
     """The most resident memory of an engine process; 0, the default, means 80% of the machine's."""
     max_threads: int = 1024
     """The most threads of an engine process. Default 1024."""
+    instances: int = 0
+    """How many batches of a version run at once; 0, the default, means what measuring shows to be best."""
     threads: int = 0
-    """Threads that one operation may use; 0, the default, leaves it to the engine."""
+    """Threads that one batch may use; 0, the default, means what measuring shows to be best."""
     max_concurrent_loads: int = 2
     """How many versions load at the same time, over all models. Default 2."""
     zygote: bool = True
@@ -103,6 +106,7 @@ class EngineLimits:
             _require(0 < getattr(self, name) <= _DAY_S, f"{name} must be above 0 and at most a day")
         _require(self.max_threads >= 1, "max_threads must be at least 1")
         _require(self.max_memory_bytes >= 0, "max_memory_bytes must not be negative")
+        _require(0 <= self.instances <= _MOST_INSTANCES, f"instances must be 0 to {_MOST_INSTANCES}")
         _require(self.threads >= 0, "threads must not be negative")
         _require(self.max_concurrent_loads >= 1, "max_concurrent_loads must be at least 1")
 

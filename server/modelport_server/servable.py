@@ -18,10 +18,11 @@ from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
 from modelport_server.engines.choice import Attempt, Candidate, EngineChoice
 from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.kinds import TENSORFLOW
+from modelport_server.engines.parallel import Parallelism, wide
 from modelport_server.engines.probing import to_raw
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.protocol import Array
-from modelport_server.engines.spawner import Spawner
+from modelport_server.engines.spawner import ALL_CORES, Spawner
 from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError, ServeError
 from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import Probe
@@ -70,7 +71,7 @@ class Servable:
         spawner: forks engine processes, if it can; without one they are started by themselves.
         cores: told what engine processes do, if anything is.
         candidates: the engines that are tried, each group only if nothing of the one before will do.
-        golden: the version's golden examples; wanted where there is more than one engine.
+        golden: the version's golden examples, by which engines are measured; without them the first one is taken.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Servable:
         self.signatures: dict[str, ServedSignature] = {}
         self.engine_name = ""
         self.attempts: tuple[Attempt, ...] = ()
+        self.parallelism = Parallelism()
         self.golden_examples = 0
         self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
@@ -137,6 +139,11 @@ class Servable:
         """How many batches its engine takes at once."""
         return self._engine.slots if self._engine is not None else 1
 
+    @property
+    def instances(self) -> int:
+        """How many batches its engine runs at once."""
+        return self._engine.instances if self._engine is not None else 1
+
     async def start(self) -> None:
         """Loads the version.
 
@@ -169,10 +176,12 @@ class Servable:
             signatures=self.manifest.signatures,
             golden=self._golden,
             measuring=self._cores.measuring if self._cores is not None else lambda pids: nullcontext(),
+            wide=wide(self._engine_limits.instances, self._engine_limits.threads, len(ALL_CORES)),
         )
         chosen = await choice.run()
         self._engine = chosen.process
         self.attempts = self.attempts or chosen.attempts
+        self.parallelism = chosen.loaded.parallelism
         self._candidates, self._golden = ((chosen.candidate,),), ()
         return chosen.loaded
 
@@ -257,16 +266,23 @@ class Servable:
         began_s = min(self._copied_at_s, oldest.enqueued_at if oldest is not None else math.inf)
         return max(0.0, monotonic() - began_s)
 
-    async def run(self, batch: Batch) -> BatchOutput:
+    def run(self, batch: Batch) -> asyncio.Future[BatchOutput]:
         """Runs a batch on the engine, as the batcher asks."""
         if self._engine is None:
             raise EngineDiedError("the engine is not there")
-        output = await self._engine.run(batch)
+        running = self._engine.run(batch)
+        if self._probes or self.observers:
+            running.add_done_callback(lambda done: self._on_batch_ended(batch, done))
+        return running
+
+    def _on_batch_ended(self, batch: Batch, done: asyncio.Future[BatchOutput]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        output = done.result()
         if batch.parts[0].call in self._probes:
             self._on_probe(batch, output)
-            return output
-        self._tell(lambda observer: observer.on_batch(batch, output))
-        return output
+        else:
+            self._tell(lambda observer: observer.on_batch(batch, output))
 
     def _tell(self, tell: Callable[[Observer], object]) -> None:
         for observer in self.observers:

@@ -7,7 +7,7 @@ string tensors are looked into, since cutting and joining rows moves them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,6 +116,17 @@ def gather_rows(tensors: Sequence[RawTensor]) -> Gathered:
 def cut_rows(tensor: RawTensor, start: int, stop: int) -> RawTensor:
     """Returns rows ``start`` to ``stop`` of ``tensor`` as a tensor, a view where that is possible."""
     return RawTensor(tensor.name, tensor.dtype, (stop - start, *tensor.inner), cut(tensor, start, stop))
+
+
+def row_cutter(tensor: RawTensor) -> Callable[[int, int], RawTensor]:
+    """Returns what returns rows from one to another of ``tensor`` as a tensor that owns its data."""
+    name, dtype, inner = tensor.name, tensor.dtype, tensor.inner
+    if dtype.is_string:
+        return lambda start, stop: owned(cut_rows(tensor, start, stop))
+    stride, data = math.prod(inner) * dtype.itemsize, tensor.data
+    return lambda start, stop: RawTensor(
+        name, dtype, (stop - start, *inner), bytes(data[start * stride : stop * stride])
+    )
 
 
 def owned(tensor: RawTensor) -> RawTensor:

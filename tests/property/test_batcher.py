@@ -56,20 +56,23 @@ class BatcherMachine(RuleBasedStateMachine):
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
 
     @initialize(
-        slots=st.integers(1, 3),
+        instances=st.integers(1, 3),
+        waiting=st.integers(0, 2),
         batch_size=st.sampled_from([6, 8, 3, 1]),
         batch_bytes=st.sampled_from([10_000, 10_000, 100, 24, 8]),
         queue_rows=st.integers(4, 64),
         queue_bytes=st.sampled_from([100_000, 100_000, 300, 40]),
     )
-    def start(self, slots: int, batch_size: int, batch_bytes: int, queue_rows: int, queue_bytes: int) -> None:
+    def start(
+        self, instances: int, waiting: int, batch_size: int, batch_bytes: int, queue_rows: int, queue_bytes: int
+    ) -> None:
         self.limits = BatchLimits(
             max_batch_size=batch_size,
             max_batch_bytes=batch_bytes,
             max_enqueued_rows=queue_rows,
             max_enqueued_bytes=queue_bytes,
         )
-        self.engine = FakeEngine(slots, self.look_at)
+        self.engine = FakeEngine(instances + waiting, instances, self.look_at)
         self.batcher = Batcher(self.engine, self.limits, VERSION, clock=self.loop.time)
 
     def settle(self) -> None:

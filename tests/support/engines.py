@@ -92,6 +92,7 @@ class FakeEngine:
     """A ``BatchRunner`` whose batches end when and how the test says."""
 
     slots: int = 2
+    instances: int = 1
     on_run: Callable[[Run], None] = lambda run: None
     """Called with each batch as it begins."""
     runs: list[Run] = field(default_factory=list[Run])

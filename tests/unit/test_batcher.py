@@ -22,6 +22,7 @@ def _batcher(engine: FakeEngine, **limits: Any) -> Batcher:
 async def _waiting_behind_one(batcher: Batcher, engine: FakeEngine, calls: list[Call]) -> Run:
     """Submits ``calls`` while a batch is under way, so that they will run together; returns that batch."""
     batcher.submit(new_call([999]))
+    await settle()
     for call in calls:
         batcher.submit(call)
     await settle()
@@ -67,6 +68,7 @@ async def test_an_expired_call_ends_though_nothing_takes_it_from_the_queue() -> 
     engine = FakeEngine()
     batcher = _batcher(engine)
     batcher.submit(new_call([1]))
+    await settle()
     batcher.pause()
     loop = asyncio.get_running_loop()
     call = new_call([2], deadline=loop.time() + 0.02)
@@ -148,6 +150,7 @@ async def test_one_call_of_any_size_may_wait_alone() -> None:
     engine = FakeEngine(slots=1)
     batcher = _batcher(engine, max_enqueued_rows=4, max_batch_size=2)
     batcher.submit(new_call(list(range(10))))
+    await settle()
     assert batcher.waiting_rows == 8
 
 
@@ -247,3 +250,68 @@ async def test_what_waits_can_be_taken_out() -> None:
     assert batcher.idle
     assert not calls[0].ended
     assert not calls[2].ended
+
+
+async def test_calls_that_come_together_run_together() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    for number in range(4):
+        batcher.submit(new_call([number]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1, 2, 3]]
+
+
+async def test_an_idle_instance_takes_no_fewer_rows_than_a_busy_one_has() -> None:
+    engine = FakeEngine(slots=3, instances=2)
+    batcher = _batcher(engine)
+    batcher.submit(new_call([0, 1]))
+    await settle()
+    batcher.submit(new_call([2]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1]]
+    batcher.submit(new_call([3]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1], [2, 3]]
+    batcher.submit(new_call([4, 5]))
+    await settle()
+    assert len(engine.runs) == 2, "both are busy, and it is not full"
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await settle()
+    assert [run.ids for run in engine.runs] == [[2, 3], [4, 5]]
+
+
+async def test_what_waits_behind_a_larger_batch_runs_when_that_has_ended() -> None:
+    engine = FakeEngine(slots=3, instances=2)
+    batcher = _batcher(engine)
+    batcher.submit(new_call([0, 1]))
+    await settle()
+    batcher.submit(new_call([3]))
+    await settle()
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await settle()
+    assert [run.ids for run in engine.runs] == [[3]]
+
+
+async def test_idle_instances_share_a_call_that_is_long_to_run() -> None:
+    engine = FakeEngine(slots=3, instances=2)
+    batcher = _batcher(engine, max_batch_size=8)
+    call = new_call(range(6))
+    batcher.submit(call)  # the batcher begins with an estimate of a millisecond a row
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1, 2], [3, 4, 5]]
+    for run in list(engine.runs):
+        run.end.set_result(run.output())
+    assert ids_of((await call.future).outputs[0]) == [0, 1, 2, 3, 4, 5]
+    short = new_call([7, 8])
+    batcher.submit(short)
+    await settle()
+    assert [run.ids for run in engine.runs] == [[7, 8]]
+
+
+async def test_a_full_batch_waits_in_the_engine_behind_those_that_run() -> None:
+    engine = FakeEngine(slots=3, instances=2)
+    batcher = _batcher(engine, max_batch_size=2)
+    for number in range(0, 10, 2):
+        batcher.submit(new_call([number, number + 1]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1], [2, 3], [4, 5]]

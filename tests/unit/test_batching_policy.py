@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -27,9 +28,11 @@ def _calls(loop: asyncio.AbstractEventLoop, *sizes: int, splittable: bool = True
     return [new_call(list(range(size)), loop, splittable=splittable) for size in sizes]
 
 
-def _closed(calls: list[Call], limits: BatchLimits = LIMITS, in_flight: int = 0) -> list[tuple[int, int, int]] | None:
+def _closed(
+    calls: list[Call], limits: BatchLimits = LIMITS, *, gather: float = 1, most: int | None = None
+) -> list[tuple[int, int, int]] | None:
     """Returns the batch as (index of the call, first row, row after the last)."""
-    selection = close_batch(calls, limits, in_flight=in_flight)
+    selection = close_batch(calls, limits, gather=gather, most=most)
     return None if selection is None else [(calls.index(call), start, stop) for call, start, stop in selection.parts]
 
 
@@ -40,8 +43,8 @@ def test_an_idle_engine_takes_whatever_waits(loop: asyncio.AbstractEventLoop) ->
 
 
 def test_a_busy_engine_gets_full_batches_alone(loop: asyncio.AbstractEventLoop) -> None:
-    assert _closed(_calls(loop, 1, 2), in_flight=1) is None
-    assert _closed(_calls(loop, 1, 3), in_flight=1) == [(0, 0, 1), (1, 0, 3)]
+    assert _closed(_calls(loop, 1, 2), gather=math.inf) is None
+    assert _closed(_calls(loop, 1, 3), gather=math.inf) == [(0, 0, 1), (1, 0, 3)]
 
 
 def test_the_last_call_is_split_where_the_batch_is_full(loop: asyncio.AbstractEventLoop) -> None:
@@ -52,7 +55,7 @@ def test_the_last_call_is_split_where_the_batch_is_full(loop: asyncio.AbstractEv
 
 
 def test_bytes_bound_a_batch_too(loop: asyncio.AbstractEventLoop) -> None:
-    assert _closed(_calls(loop, 4), replace(LIMITS, max_batch_bytes=16), in_flight=1) == [(0, 0, 2)]
+    assert _closed(_calls(loop, 4), replace(LIMITS, max_batch_bytes=16), gather=math.inf) == [(0, 0, 2)]
 
 
 def test_a_row_larger_than_a_batch_runs_alone(loop: asyncio.AbstractEventLoop) -> None:
@@ -62,6 +65,17 @@ def test_a_row_larger_than_a_batch_runs_alone(loop: asyncio.AbstractEventLoop) -
 
 def test_a_call_that_cant_be_split_runs_alone(loop: asyncio.AbstractEventLoop) -> None:
     assert _closed(_calls(loop, 9, 1, splittable=False)) == [(0, 0, 1)]
-    assert _closed(_calls(loop, 1, splittable=False), in_flight=1) == [(0, 0, 1)]
+    assert _closed(_calls(loop, 1, splittable=False), gather=math.inf) == [(0, 0, 1)]
     mixed = [*_calls(loop, 1), *_calls(loop, 1, splittable=False)]
-    assert _closed(mixed, in_flight=1) == [(0, 0, 1)]
+    assert _closed(mixed, gather=math.inf) == [(0, 0, 1)]
+
+
+def test_a_batch_is_closed_with_the_rows_that_are_asked_for(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 1, 1), gather=3) is None
+    assert _closed(_calls(loop, 1, 1, 1), gather=3) == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
+    assert _closed(_calls(loop, 3, 3), gather=99) == [(0, 0, 3), (1, 0, 1)], "it is full"
+
+
+def test_a_batch_may_have_fewer_rows_than_the_limits_say(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 1, 3), most=3) == [(0, 0, 1), (1, 0, 2)]
+    assert _closed(_calls(loop, 9), most=9) == [(0, 0, 4)]

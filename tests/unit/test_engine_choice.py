@@ -47,6 +47,10 @@ class FakeProcess:
     def slots(self) -> int:
         return 2
 
+    @property
+    def instances(self) -> int:
+        return 1
+
     async def load(self, order: LoadOrder) -> Loaded:
         self.engine = order.engine if order.precision == "float32" else f"{order.engine} {order.precision}"
         if self.engine in self.rejected:
@@ -157,7 +161,7 @@ async def test_tensorflow_is_taken_where_the_other_fails(gate: str) -> None:
     assert chosen.candidate == TENSORFLOW
     assert [attempt.text for attempt in chosen.attempts] == [
         f"openvino: {gate}: no rule for MatrixDeterminant",
-        "tensorflow 1.0: taken",
+        "tensorflow 1.0: taken (1 batch at once on all threads)",
     ]
 
 

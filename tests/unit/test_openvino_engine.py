@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from modelport_server.engines.openvino_engine import OpenVINOEngine, import_openvino
+from modelport_server.engines.parallel import Parallelism
 
 
 @pytest.mark.parametrize("elements", [4, 1000, 100_000])
@@ -21,7 +22,7 @@ def test_inputs_that_can_not_be_written_to_live_until_it_is_done(tmp_path: Path,
     results = [ops.add(number, np.float32(1)) for number in inputs]
     for name, result in zip("xyz", results, strict=True):
         result.output(0).get_tensor().set_names({name})
-    engine = OpenVINOEngine(threads=1)
+    engine = OpenVINOEngine(parallelism=Parallelism(1, 1))
     compiled = openvino.Core().compile_model(openvino.Model(results, inputs, "three"), "CPU")
     engine.add("three", compiled, list("xyz"))
     arrays = {name: np.full(elements, value, np.float32) for value, name in enumerate("abc")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
@@ -18,9 +19,13 @@ from modelport_server.errors import (
     ServeError,
 )
 from modelport_server.options import BatchLimits
-from modelport_server.tensors import RawTensor, cut_rows, join_rows, owned
+from modelport_server.tensors import RawTensor, join_rows, owned, row_cutter
 
 _log = logging.getLogger(__name__)
+
+_WORTH_SHARING_S = 0.002
+"""How long a batch has to run, in seconds, for it to be worth while to run it in parts: each costs something by itself.
+"""
 
 
 class Batcher:
@@ -52,7 +57,10 @@ class Batcher:
         self._retries: deque[Batch] = deque()
         self._rows = 0
         self._bytes = 0
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._unsplittable = 0
+        """How many calls wait that run by themselves."""
+        self._in_flight: dict[asyncio.Future[BatchOutput], Batch] = {}
+        self._dispatching = False
         self._rows_per_s = 1000.0
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed: ServeError | None = None
@@ -96,9 +104,10 @@ class Batcher:
         self._waiting.setdefault(call.key, deque()).append(call)
         self._rows += call.rows
         self._bytes += call.bytes
+        self._unsplittable += not call.splittable
         call.future.add_done_callback(lambda _: self._drop(call))
         self._watch_deadline(call.deadline)
-        self._dispatch()
+        self._dispatch_soon(call.future.get_loop())
 
     async def room(self, call: Call) -> None:
         """Returns when ``call`` fits into the queue, for callers that can wait instead of failing."""
@@ -114,7 +123,7 @@ class Batcher:
     def resume(self) -> None:
         """Goes on making batches."""
         self._paused = False
-        self._dispatch()
+        self._dispatch_soon(asyncio.get_running_loop())
 
     def close(self, error: ServeError) -> None:
         """Fails everything that waits, and whatever comes later, with ``error``."""
@@ -162,6 +171,7 @@ class Batcher:
         if call.taken_rows == call.rows:
             call.queued = False
             self._bytes -= call.bytes
+            self._unsplittable -= not call.splittable
 
     def _wake_room(self) -> None:
         """Lets those who wait for room look again."""
@@ -170,20 +180,19 @@ class Batcher:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Makes batches once those have queued their calls whose turn it is now: they can run together."""
+        if not self._dispatching:
+            self._dispatching = True
+            loop.call_soon(self._dispatch)
+
     def _dispatch(self) -> None:
+        self._dispatching = False
         while not self._paused and len(self._in_flight) < self._runner.slots:
             batch = self._next_batch()
             if batch is None:
                 return
-            task = asyncio.get_running_loop().create_task(self._run(batch))
-            self._in_flight.add(task)
-            task.add_done_callback(self._on_batch_done)
-
-    def _on_batch_done(self, task: asyncio.Task[None]) -> None:
-        self._in_flight.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("a batch ended with an error of the batcher itself", exc_info=task.exception())
-        self._dispatch()
+            self._run(batch)
 
     def _next_batch(self) -> Batch | None:
         while self._retries:
@@ -192,19 +201,47 @@ class Batcher:
             parts = [part for part in retry.parts if not part.call.ended]
             if parts:
                 return Batch(retry.signature, parts)
+        gather = self._rows_to_gather()
+        if self._is_short_of(gather):
+            return None
         keys = self._keys_oldest_first()
-        for key in keys:
-            if close_batch(self._live(key), self._limits, in_flight=len(self._in_flight)) is not None:
-                return self._close_oldest(keys)
-        return None
+        if gather > 1 and not any(close_batch(self._live(key), self._limits, gather=gather) for key in keys):
+            return None
+        return self._close_oldest(keys)
+
+    def _is_short_of(self, rows: float) -> bool:
+        """Whether it is plain without a look at the calls that nothing of what waits makes a batch."""
+        limits = self._limits
+        few = self._rows < min(rows, limits.max_batch_size) and self._bytes < limits.max_batch_bytes
+        return few and not self._unsplittable
 
     def _close_oldest(self, keys: list[Key]) -> Batch | None:
         """Takes from the key that has waited longest, full or not: else a busy one would starve it."""
+        most = self._rows_of_a_share()
         for key in keys:
-            selection = close_batch(self._live(key), self._limits, in_flight=0)
+            selection = close_batch(self._live(key), self._limits, most=most)
             if selection is not None:
                 return self._take(key, selection.parts)
         return None
+
+    def _rows_to_gather(self) -> float:
+        """Returns how many rows have to wait before they run, be a batch full or not.
+
+        While an instance is idle, that is as many as the smallest batch under way has: else a busy server would run
+        ever smaller ones, each of which costs as much again in what it does once for a batch.
+        """
+        if not self._in_flight:
+            return 1
+        if len(self._in_flight) >= self._runner.instances:
+            return math.inf
+        return min(batch.rows for batch in self._in_flight.values())
+
+    def _rows_of_a_share(self) -> int:
+        """Returns the most rows of a batch, so that no instance is idle while another one has long to run."""
+        most, idle = self._limits.max_batch_size, self._runner.instances - len(self._in_flight)
+        if idle > 1 and self._rows > 1:
+            most = min(most, max(math.ceil(self._rows / idle), math.ceil(_WORTH_SHARING_S * self._rows_per_s)))
+        return most
 
     def _keys_oldest_first(self) -> list[Key]:
         if len(self._waiting) <= 1:
@@ -268,22 +305,33 @@ class Batcher:
         if deadlines:
             self._watch_deadline(min(deadlines))
 
-    async def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch) -> None:
+        running: asyncio.Future[BatchOutput]
         try:
-            output = await self._runner.run(batch)
-        except ModelFailureError as error:
+            running = asyncio.ensure_future(self._runner.run(batch))
+        except Exception as error:
+            running = asyncio.get_running_loop().create_future()
+            running.set_exception(error)
+        self._in_flight[running] = batch
+        running.add_done_callback(self._on_end)
+
+    def _on_end(self, running: asyncio.Future[BatchOutput]) -> None:
+        batch = self._in_flight.pop(running)
+        error = asyncio.CancelledError() if running.cancelled() else running.exception()
+        if error is None:
+            self._hand_out(batch, running.result())
+        elif isinstance(error, ModelFailureError):
             self._isolate(batch, error)
-            return
-        except ServeError as error:
+        elif isinstance(error, ServeError):
             self._fail(batch, error)
-            return
-        except asyncio.CancelledError:
+        elif isinstance(error, asyncio.CancelledError):
             self._fail(batch, NotAvailableError("the server is stopping"))
-            raise
-        except Exception:
-            _log.exception("running a batch failed")
+        else:
+            _log.error("running a batch failed", exc_info=error)
             self._fail(batch, NotAvailableError("the engine could not be reached"))
-            return
+        self._dispatch_soon(running.get_loop())
+
+    def _hand_out(self, batch: Batch, output: BatchOutput) -> None:
         try:
             self._deliver(batch, output)
         except ModelFailureError as error:
@@ -317,31 +365,34 @@ class Batcher:
                     )
         if output.engine_time_us > 0:
             self._rows_per_s += 0.1 * (rows / (output.engine_time_us / 1e6) - self._rows_per_s)
+        cutters = [row_cutter(tensor) for tensor in output.outputs] if batch.parts[0].call.splittable else None
         first = 0
         for part in batch.parts:
+            end = first + part.rows
             if not part.call.ended:
-                self._deliver_part(part, output, first)
-            first += part.rows
+                if cutters is None:
+                    tensors = tuple(owned(tensor) for tensor in output.outputs)
+                else:
+                    tensors = tuple([cut(first, end) for cut in cutters])
+                self._deliver_part(part, tensors, output)
+            first = end
 
-    def _deliver_part(self, part: Part, output: BatchOutput, first: int) -> None:
+    def _deliver_part(self, part: Part, tensors: tuple[RawTensor, ...], output: BatchOutput) -> None:
         call = part.call
-        if call.splittable:
-            tensors = tuple(owned(cut_rows(t, first, first + part.rows)) for t in output.outputs)
-        else:
-            tensors = tuple(owned(tensor) for tensor in output.outputs)
         call.engine_time_us += output.engine_time_us
         call.finished_rows += part.rows
-        call.pieces.append((part.start, tensors))
-        if call.finished_rows < call.rows:
-            return
-        call.pieces.sort(key=lambda piece: piece[0])
-        try:
-            outputs = _join_pieces([piece for _, piece in call.pieces])
-        except ModelFailureError as error:
-            call.fail(error)  # to run its rows again would be of no use
-            return
+        if part.rows < call.rows:
+            call.pieces.append((part.start, tensors))
+            if call.finished_rows < call.rows:
+                return
+            call.pieces.sort(key=lambda piece: piece[0])
+            try:
+                tensors = _join_pieces([piece for _, piece in call.pieces])
+            except ModelFailureError as error:
+                call.fail(error)  # to run its rows again would be of no use
+                return
         queue_time_us = int((call.first_run_at - call.enqueued_at) * 1e6)
-        call.future.set_result(Answer(self._version, outputs, queue_time_us, call.engine_time_us))
+        call.future.set_result(Answer(self._version, tensors, queue_time_us, call.engine_time_us))
 
 
 def _join_pieces(pieces: Sequence[tuple[RawTensor, ...]]) -> tuple[RawTensor, ...]:
@@ -352,4 +403,4 @@ def _join_pieces(pieces: Sequence[tuple[RawTensor, ...]]) -> tuple[RawTensor, ..
             raise ModelFailureError(
                 "the call was larger than a batch, and the shapes of the model's outputs differ from batch to batch"
             )
-    return tuple(join_rows(column) for column in zip(*pieces, strict=True)) if len(pieces) > 1 else first
+    return tuple(join_rows(column) for column in zip(*pieces, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,11 +51,11 @@ class Call:
     engine_time_us: int = 0
     pieces: list[tuple[int, tuple[RawTensor, ...]]] = field(default_factory=list[tuple[int, tuple[RawTensor, ...]]])
     """Outputs of the parts that have run, each with its first row."""
+    bytes: int = field(init=False)
+    """The size of all inputs."""
 
-    @property
-    def bytes(self) -> int:
-        """The size of all inputs."""
-        return sum(len(tensor.data) for tensor in self.inputs)
+    def __post_init__(self) -> None:
+        self.bytes = sum([len(tensor.data) for tensor in self.inputs])
 
     @property
     def ended(self) -> bool:
@@ -111,11 +111,16 @@ class BatchRunner(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many batches can be under way at once."""
+        """How many batches can be under way at once, those included that wait for others."""
         ...
 
-    async def run(self, batch: Batch) -> BatchOutput:
-        """Runs ``batch``.
+    @property
+    def instances(self) -> int:
+        """How many batches run at once."""
+        ...
+
+    def run(self, batch: Batch) -> Awaitable[BatchOutput]:
+        """Runs ``batch``; returns what will be its output, and must not be cancelled.
 
         Raises:
             ModelFailureError: if the model failed on these rows.

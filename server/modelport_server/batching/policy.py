@@ -1,7 +1,7 @@
 """Which rows run together: a pure function of what waits, the limits and the clock.
 
-Batching is work-conserving: an idle engine takes whatever waits at once. While a batch runs, rows
-gather, and a further batch is closed only when it is full.
+Batching is work-conserving: an idle engine takes whatever waits at once. While batches run, rows
+gather, and a further batch is closed only when it is full or has as many rows as are asked for.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ class Selection:
     """Each a call, its first row and the row after its last."""
 
 
-def close_batch(waiting: Iterable[Call], limits: BatchLimits, *, in_flight: int) -> Selection | None:
+def close_batch(
+    waiting: Iterable[Call], limits: BatchLimits, *, gather: float = 1, most: int | None = None
+) -> Selection | None:
     """Returns the rows that should run next, or None to go on gathering.
 
     Args:
         waiting: the calls that can run together, oldest first, none ended and each with rows left.
         limits: bounds of a batch.
-        in_flight: how many batches the engine has.
+        gather: how many rows there have to be if the batch is not full.
+        most: how many rows it may have if that is fewer than the limits say.
     """
     parts: list[tuple[Call, int, int]] = []
-    rows_left = limits.max_batch_size
+    size = rows_left = limits.max_batch_size if most is None else min(most, limits.max_batch_size)
     bytes_left = limits.max_batch_bytes
     full = False
     for call in waiting:
@@ -51,6 +54,6 @@ def close_batch(waiting: Iterable[Call], limits: BatchLimits, *, in_flight: int)
         if fitting < left or rows_left == 0:
             full = True
             break
-    if not parts or (in_flight and not full):
+    if not parts or not (full or size - rows_left >= gather):
         return None
     return Selection(tuple(parts))

@@ -21,6 +21,8 @@ from modelport_server.tensors import Gathered, RawTensor
 
 MAX_MESSAGE_BYTES = 160_000
 Message = dict[str, Any]
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_DECODER = json.JSONDecoder()
 
 
 class MessageTooLargeError(ValueError):
@@ -33,7 +35,7 @@ def pack(message: Message) -> bytes:
     Raises:
         MessageTooLargeError: if it takes more than ``MAX_MESSAGE_BYTES``.
     """
-    packet = json.dumps(message, separators=(",", ":")).encode()
+    packet = _ENCODER.encode(message).encode()
     if len(packet) > MAX_MESSAGE_BYTES:
         raise MessageTooLargeError(f"a message of {len(packet)} bytes is too large; at most {MAX_MESSAGE_BYTES} fit")
     return packet
@@ -41,7 +43,7 @@ def pack(message: Message) -> bytes:
 
 def unpack(packet: bytes) -> Message:
     """Returns the message in a packet."""
-    message: Message = json.loads(packet)
+    message: Message = _DECODER.decode(packet.decode())
     return message
 
 

@@ -17,6 +17,7 @@ from modelport_registry import JSON, Golden, SignatureSpec
 from modelport_server.batching.calls import BatchRunner
 from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.probing import Inputs, probe
 from modelport_server.engines.process import Loaded, RejectedError
 from modelport_server.errors import ServeError
@@ -27,6 +28,9 @@ _ROUNDS = 9
 _BUDGET_S = 1.0
 """How long measuring goes on, in seconds, once each engine has run the smallest batch."""
 _MIDDLE_ROWS = 32
+_LONG_ROW_MS = 5.0
+"""From here on it is measured whether a batch that has all cores is better than several that share them. In shorter
+runs the threads of one batch lose more by waiting for each other than they gain."""
 _OF_ENGINES = (gates.LOAD, gates.GOLDEN, gates.WARM_UP)
 """The gates that one engine may fail and another one pass."""
 
@@ -37,6 +41,8 @@ class Candidate:
 
     engine: str
     precision: str = FLOAT32
+    parallelism: Parallelism | None = None
+    """How many batches it runs at once; None for what it has by itself."""
 
     @property
     def text(self) -> str:
@@ -46,7 +52,7 @@ class Candidate:
     @property
     def is_reference(self) -> bool:
         """Whether it is what the version was made with, so that nothing has to be reproduced."""
-        return self == Candidate(TENSORFLOW)
+        return (self.engine, self.precision) == (TENSORFLOW, FLOAT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +66,24 @@ class Attempt:
     row_ms: Mapping[int, float] = field(default_factory=dict[int, float])
     """What a row took in the median, in milliseconds, by the size of the batch; empty if it was not measured. Of a
     signature whose rows are not joined it is what a call took, under 1."""
+    parallelism: str = ""
+    """How many batches it ran at once, for people; empty if it ran none."""
 
     @property
     def text(self) -> str:
         """It for people, in one line."""
         times = ", ".join(f"{ms:.3g} ms a row in batches of {rows}" for rows, ms in self.row_ms.items())
-        return f"{self.engine}: {self.reason or 'taken'}" + (f" ({times})" if times else "")
+        found = "; ".join(filter(None, (self.parallelism, times)))
+        return f"{self.engine}: {self.reason or 'taken'}" + (f" ({found})" if found else "")
 
     def to_json(self) -> dict[str, JSON]:
         """Returns it as a JSON document."""
-        return {"engine": self.engine, "reason": self.reason, "row_ms": {str(n): ms for n, ms in self.row_ms.items()}}
+        return {
+            "engine": self.engine,
+            "reason": self.reason,
+            "row_ms": {str(n): ms for n, ms in self.row_ms.items()},
+            "parallelism": self.parallelism,
+        }
 
 
 class Loader(BatchRunner, Protocol):
@@ -122,6 +136,8 @@ class EngineChoice(Generic[AnyLoader]):
     golden: Sequence[Golden]
     measuring: Callable[[Callable[[], Set[int]]], AbstractContextManager[object]] = lambda pids: nullcontext()
     """Entered with what returns the pids of the engines that are measured, so that callers of others do not notice."""
+    wide: Parallelism | None = None
+    """What is tried besides where a single row takes long; None for nothing."""
     clock: Callable[[], float] = time.monotonic
     _attempts: list[Attempt] = field(default_factory=list[Attempt], init=False)
     _passed: list[_Passed[AnyLoader]] = field(default_factory=list["_Passed[AnyLoader]"], init=False)
@@ -140,6 +156,7 @@ class EngineChoice(Generic[AnyLoader]):
                 for candidate in group:
                     await self._try(candidate)
                 await self._drop_dependent()
+                await self._try_wide()
                 if len(self._passed) > 1:
                     await self._measure()
                 if self._passed:
@@ -163,7 +180,8 @@ class EngineChoice(Generic[AnyLoader]):
             return
         process = self.new_process(self._rejection is None and not self._passed)
         try:
-            order = replace(self.order, engine=candidate.engine, precision=candidate.precision)
+            parallelism = candidate.parallelism or self.order.parallelism
+            order = replace(self.order, engine=candidate.engine, precision=candidate.precision, parallelism=parallelism)
             loaded = await process.load(order)
         except RejectedError as error:
             await process.stop()
@@ -177,6 +195,14 @@ class EngineChoice(Generic[AnyLoader]):
         else:
             self._passed.append(_Passed(candidate, process, loaded))
 
+    async def _try_wide(self) -> None:
+        """Tries what has passed once more with all cores for each batch, if that may matter to a lone caller."""
+        if self.wide is None or self.order.parallelism is not None or not self.golden:
+            return
+        for passed in list(self._passed):
+            if passed.single_row_ms >= _LONG_ROW_MS and passed.loaded.parallelism != self.wide:
+                await self._try(replace(passed.candidate, parallelism=self.wide))
+
     async def _drop_dependent(self) -> None:
         """Leaves those alone on which the most signatures can be batched."""
         fewest = min((len(passed.loaded.dependent) for passed in self._passed), default=0)
@@ -186,14 +212,15 @@ class EngineChoice(Generic[AnyLoader]):
 
     async def _drop(self, passed: _Passed[AnyLoader], why: str) -> None:
         self._passed.remove(passed)
-        self._attempts.append(Attempt(passed.loaded.engine, why, passed.row_ms))
+        self._attempts.append(passed.attempt(why))
         await passed.process.stop()
 
     async def _take_fastest(self) -> Chosen[AnyLoader]:
         best = min(self._passed, key=lambda passed: passed.score)
         for passed in [passed for passed in self._passed if passed is not best]:
-            await self._drop(passed, f"slower than {best.loaded.engine}")
-        self._attempts.append(Attempt(best.loaded.engine, "", best.row_ms))
+            same = passed.loaded.engine == best.loaded.engine
+            await self._drop(passed, f"slower than {best.loaded.parallelism.text if same else best.loaded.engine}")
+        self._attempts.append(best.attempt(""))
         return Chosen(best.process, best.loaded, best.candidate, tuple(self._attempts))
 
     async def _measure(self) -> None:
@@ -241,13 +268,23 @@ class _Passed(Generic[AnyLoader]):
         self._times_us.setdefault(rows, []).append(spent.engine_time_us)
 
     @property
+    def single_row_ms(self) -> float:
+        """What a row by itself took at the end of warming up, in milliseconds; 0 if none ran."""
+        found = [gate.figures.get("last_row_ms") for gate in self.loaded.gates]
+        return max((ms for ms in found if isinstance(ms, float)), default=0.0)
+
+    def attempt(self, reason: str) -> Attempt:
+        return Attempt(self.loaded.engine, reason, self.row_ms, self.loaded.parallelism.text)
+
+    @property
     def row_ms(self) -> dict[int, float]:
         return {rows: median(times) / rows / 1e3 for rows, times in self._times_us.items()}
 
     @property
     def score(self) -> float:
-        """The lower the better."""
-        return geometric_mean(self.row_ms.values() or [1.0])
+        """The lower the better: what a row takes by itself, and in batches of which several run at once."""
+        instances = self.loaded.parallelism.instances
+        return geometric_mean([ms / (instances if rows > 1 else 1) for rows, ms in self.row_ms.items()] or [1.0])
 
 
 def _resized(inputs: Inputs, rows: int) -> Inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import InvalidModelError, SignatureSpec, read_graph, read_signatures, with_signature
+from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.protocol import Array, EngineError
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -44,25 +46,26 @@ _SIDE = 64
 class OpenVINOEngine:
     """Runs signatures of a SavedModel on the processor.
 
-    What ``run`` returns lies in OpenVINO's own memory, and is overwritten by the next run of the signature.
+    What ``run`` returns lies in OpenVINO's own memory, and is overwritten by the thread's next run of the signature.
 
     Args:
-        threads: how many threads one batch may use; 0 leaves it to OpenVINO.
+        parallelism: how many batches run at once, and on how many threads.
         precision: what it computes in, one of ``PRECISIONS``; inputs and outputs keep their types.
     """
 
-    def __init__(self, *, threads: int = 0, precision: str = "float32") -> None:
+    def __init__(self, *, parallelism: Parallelism = ALONE, precision: str = "float32") -> None:
         self._openvino = openvino = import_openvino()
         self._core = openvino.Core()
         self._options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": parallelism.instances,
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "ENABLE_CPU_PINNING": False,  # the server moves engines from core to core
         }
-        if threads:
-            self._options["INFERENCE_NUM_THREADS"] = threads
+        if parallelism.threads:
+            self._options["INFERENCE_NUM_THREADS"] = parallelism.threads * parallelism.instances
         self._precision = precision
-        self._requests: dict[str, Any] = {}
+        self._compiled: dict[str, Any] = {}
+        self._of_thread = threading.local()
         self._inputs: dict[str, dict[str, int]] = {}
         self._outputs: dict[str, dict[str, int]] = {}
         self._make_threads()
@@ -123,7 +126,7 @@ class OpenVINOEngine:
         names = {name: number for number, output in enumerate(compiled.outputs) for name in output.get_names()}
         self._outputs[signature] = {name: names[name] for name in outputs}
         self._inputs[signature] = {name: at for at, given in enumerate(compiled.inputs) for name in given.get_names()}
-        self._requests[signature] = compiled.create_infer_request()
+        self._compiled[signature] = compiled
 
     def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Runs one batch.
@@ -131,7 +134,7 @@ class OpenVINOEngine:
         Raises:
             EngineError: if OpenVINO reports an error.
         """
-        request, places = self._requests[signature], self._inputs[signature]
+        request, places = self._request(signature), self._inputs[signature]
         # It takes no others, and does not keep them: they have to live until it is done.
         shared = {name: np.require(array, requirements=["C", "W"]) for name, array in inputs.items()}
         try:
@@ -142,6 +145,13 @@ class OpenVINOEngine:
             return {name: request.get_output_tensor(at).data for name, at in self._outputs[signature].items()}
         except Exception as error:
             raise EngineError(f"OpenVINO failed: {_public(error)}") from error
+
+    def _request(self, signature: str) -> Any:
+        """Returns this thread's own request: one that is running takes no other batch."""
+        requests: dict[str, Any] = self._of_thread.__dict__
+        if signature not in requests:
+            requests[signature] = self._compiled[signature].create_infer_request()
+        return requests[signature]
 
 
 def import_openvino() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from modelport_registry import SignatureSpec, TensorSpec
 from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
+from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.gates.result import GateResult
 
 
@@ -33,6 +34,8 @@ class LoadOrder:
     """What runs it: one of ``kinds.ENGINES``."""
     precision: str = FLOAT32
     """What it computes in: one of ``kinds.PRECISIONS``."""
+    parallelism: Parallelism | None = None
+    """How many batches it runs at once, on how many threads; None: what ``EngineLimits`` say. The front says it."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as the front sends it."""
@@ -89,3 +92,5 @@ class Loaded:
     """Signatures that look batched, but whose rows depend on each other."""
     gates: tuple[GateResult, ...] = field(default=())
     """What each gate found, in order."""
+    parallelism: Parallelism = ALONE
+    """How many batches it runs at once."""

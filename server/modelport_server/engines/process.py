@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,7 +23,8 @@ from modelport_server.engines.cores import BatchTimes, CoreSharing
 from modelport_server.engines.kinds import TENSORFLOW
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
-from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
+from modelport_server.engines.parallel import Parallelism, settled
+from modelport_server.engines.spawner import ALL_CORES, Child, Spawner, end_group, execute, exit_text
 from modelport_server.errors import EngineDiedError, ModelFailureError, NotCopiedError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
@@ -30,9 +33,8 @@ from modelport_server.outputs import Compared
 from modelport_server.tensors import Gathered, RawTensor, cut_rows, gather_rows
 
 _log = logging.getLogger(__name__)
-_SLOTS = 2
-_COPY_SLOT = _SLOTS
-"""The slot of copies of calls, which come one after another beside whatever else the engine is at."""
+_WAITING = 1
+"""How many batches wait in the engine process, so that filling and computing overlap."""
 _STOP_S = 1.0
 _USE_POLL_S = 0.2
 _ENDED = "the engine process ended"
@@ -60,6 +62,16 @@ class RejectedError(Exception):
 
 class UnreadableError(ModelportError):
     """A version could not be read or its engine not be started for now, which says nothing about the version."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """A batch or a copy that the engine has been given."""
+
+    on_reply: Callable[[messages.Message], None]
+    on_death: Callable[[EngineDiedError], None]
+    began_s: float = 0.0
+    """When it began to run, at the latest; 0 while it waits."""
 
 
 class EngineProcess:
@@ -91,13 +103,16 @@ class EngineProcess:
         self._channel: socket.socket | None = None
         self._regions: list[tuple[Region, Region]] = []
         self._free: list[int] = []
+        self._parallelism = Parallelism()
         self._copying = False
         self._ready: asyncio.Future[Loaded] | None = None
         self._gate = gates.INTEGRITY
         self._gate_began = 0.0
         self._state = ""
         self._results: list[GateResult] = []
-        self._running: dict[int, asyncio.Future[messages.Message]] = {}
+        self._running: dict[int, _Run] = {}
+        self._oldest_s = 0.0
+        """When the oldest batch began that runs; 0 without any."""
         self._next_id = 0
         self._ended = asyncio.Event()
         self._why = ""
@@ -106,8 +121,13 @@ class EngineProcess:
 
     @property
     def slots(self) -> int:
-        """How many batches can be under way at once."""
-        return _SLOTS
+        """How many batches can be under way at once, with one that waits for another to end."""
+        return self.instances + _WAITING
+
+    @property
+    def instances(self) -> int:
+        """How many batches run at once."""
+        return self._parallelism.instances
 
     @property
     def takes_copies(self) -> bool:
@@ -139,6 +159,7 @@ class EngineProcess:
             OSError: if the process could not be started.
         """
         self._ready = asyncio.get_running_loop().create_future()
+        self._parallelism = order.parallelism or settled(self._limits.instances, self._limits.threads, len(ALL_CORES))
         try:
             await self._start(forked=order.engine == TENSORFLOW)
             self._begin(gates.INTEGRITY)
@@ -153,7 +174,7 @@ class EngineProcess:
 
     def _document(self, order: LoadOrder) -> messages.Message:
         limits_s = {gate: _limit_s(self._limits, gate) for gate in LOADING_GATES}
-        return order.to_json() | {"threads": self._limits.threads, "limits_s": limits_s}
+        return order.to_json() | {"limits_s": limits_s, "parallelism": asdict(self._parallelism)}
 
     def _rejection(self) -> RejectedError:
         """Returns the end of the gate in which the process ended."""
@@ -185,8 +206,9 @@ class EngineProcess:
             side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * messages.MAX_MESSAGE_BYTES)
         ours.setblocking(False)
         self._channel = ours
-        self._regions = [(Region.create("inputs"), Region.create("outputs")) for _ in range(_SLOTS + 1)]
-        self._free = list(range(_SLOTS))
+        # The last slot is for copies of calls, which come one after another beside whatever else the engine is at.
+        self._regions = [(Region.create("inputs"), Region.create("outputs")) for _ in range(self.slots + 1)]
+        self._free = list(range(self.slots))
         return theirs
 
     def _fds(self, theirs: socket.socket) -> list[int]:
@@ -225,10 +247,10 @@ class EngineProcess:
     def _on_message(self, message: messages.Message) -> None:
         op = message["op"]
         if op in ("done", "compared", "failed"):
-            future = self._running.pop(message["id"], None)
+            run = self._running.pop(message["id"], None)
             self._watch_oldest()
-            if future is not None and not future.done():
-                future.set_result(message)
+            if run is not None:
+                run.on_reply(message)
         elif op == "warning":
             _warn_once(message["text"])
         elif self._ready is not None and not self._ready.done():
@@ -244,7 +266,7 @@ class EngineProcess:
                 ready.set_exception(RejectedError(self._gate, message["reason"], tuple(self._results)))
         elif op == "ready":
             golden, dependent = message["golden"], tuple(message["dependent"])
-            ready.set_result(Loaded(message["engine"], golden, dependent, tuple(self._results)))
+            ready.set_result(Loaded(message["engine"], golden, dependent, tuple(self._results), self._parallelism))
             if self._cores is not None:
                 self._cores.serve(self.pid, self._times)
         elif op == "unreadable":
@@ -264,7 +286,7 @@ class EngineProcess:
             self._state = _STATES[gate]
             self._on_state(self._state)
 
-    async def run(self, batch: Batch) -> BatchOutput:
+    def run(self, batch: Batch) -> asyncio.Future[BatchOutput]:
         """Runs a batch; the outputs are views of shared memory until ``release`` is called.
 
         Raises:
@@ -274,25 +296,28 @@ class EngineProcess:
         if self._ended.is_set() or not self._free:
             raise EngineDiedError("the engine died")
         slot = self._free.pop()
+        future: asyncio.Future[BatchOutput] = asyncio.get_running_loop().create_future()
+        run = _Run(partial(self._end_run, future, slot), partial(_fail, future))
         try:
-            future = self._begin_run("run", slot, batch.signature, _gathered(batch))
+            self._begin_run(run, "run", slot, batch.signature, _gathered(batch))
         except messages.MessageTooLargeError as error:
             self._free.append(slot)
             raise ModelFailureError("the call has too many inputs") from error
         except BaseException:
             self._free.append(slot)
             raise
-        try:
-            reply = await asyncio.shield(future)
-        except asyncio.CancelledError:  # the slot is the engine's until it answers
-            future.add_done_callback(lambda _: self._free.append(slot))
-            raise
-        if reply["op"] == "failed":
+        return future
+
+    def _end_run(self, future: asyncio.Future[BatchOutput], slot: int, reply: messages.Message) -> None:
+        if future.done():  # nobody waits any more
             self._free.append(slot)
-            raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
-        self._times.add(reply["us"] / 1e6, reply["cpu_us"] / 1e6)
-        outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
-        return BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"])
+        elif reply["op"] == "failed":
+            self._free.append(slot)
+            future.set_exception(_failure(reply))
+        else:
+            self._times.add(reply["us"] / 1e6, reply["cpu_us"] / 1e6)
+            outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
+            future.set_result(BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"]))
 
     async def compare(
         self, signature: str, rows: int, inputs: Sequence[RawTensor], answer: Sequence[RawTensor], *, look: bool
@@ -315,15 +340,17 @@ class EngineProcess:
             raise EngineDiedError("the engine died")
         if self._copying:
             raise NotCopiedError("a copy is under way")
+        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
+        run = _Run(future.set_result, partial(_fail, future))
         try:
-            future = self._begin_run("compare", _COPY_SLOT, signature, inputs, answer, look=look)
+            self._begin_run(run, "compare", self.slots, signature, inputs, answer, look=look)
         except messages.MessageTooLargeError as error:
             raise NotCopiedError("it does not fit into a message") from error
         self._copying = True
         future.add_done_callback(self._on_compared)
         reply = await asyncio.shield(future)  # whoever gives up waiting does not free the slot
         if reply["op"] == "failed":
-            raise ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
+            raise _failure(reply)
         agreeing = {name: (of, agreed) for name, of, agreed in reply["agreeing"]}
         return Compared(rows, reply["us"], agreeing, reply["categories"], reply["answer_categories"])
 
@@ -332,6 +359,7 @@ class EngineProcess:
 
     def _begin_run(
         self,
+        run: _Run,
         op: str,
         slot: int,
         signature: str,
@@ -339,8 +367,8 @@ class EngineProcess:
         answer: Sequence[RawTensor] = (),
         *,
         look: bool = False,
-    ) -> asyncio.Future[messages.Message]:
-        """Puts tensors into a free slot and has the engine run them; returns what will be its reply.
+    ) -> None:
+        """Puts tensors into a free slot and has the engine run them; ``run`` is told how that ends.
 
         Raises:
             MessageTooLargeError: if there are too many of them.
@@ -361,17 +389,25 @@ class EngineProcess:
             "look": look,
         }
         self._send(message)
-        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
-        self._running[self._next_id] = future
-        if len(self._running) == 1:
+        self._running[self._next_id] = run
+        if len(self._running) <= self.instances:
             self._watch_oldest()
-        return future
 
     def _watch_oldest(self) -> None:
-        """Times the batch that the engine has begun: it runs one after another, whatever is queued."""
+        """Times the batches that the engine has begun: in the order in which they came, as many as run at once."""
+        now = monotonic()
+        begun = list(islice(self._running.values(), self.instances))
+        for run in begun:
+            run.began_s = run.began_s or now
+        oldest = min((run.began_s for run in begun), default=0.0)
+        if oldest == self._oldest_s:
+            return
+        self._oldest_s = oldest
         self._stop_timer()
-        if self._running:
-            self._timer = asyncio.get_running_loop().call_later(self._limits.run_timeout_s, self._on_hang)
+        if begun:
+            self._timer = asyncio.get_running_loop().call_later(
+                oldest + self._limits.run_timeout_s - now, self._on_hang
+            )
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -409,11 +445,10 @@ class EngineProcess:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()
         error = EngineDiedError("the engine died while it ran the call")
-        for future in self._running.values():
-            if not future.done():
-                future.set_exception(error)
+        for run in self._running.values():
+            run.on_death(error)
         self._running.clear()
-        self._watch_oldest()
+        self._stop_timer()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(EngineDiedError("the engine died while loading"))
             self._ready.exception()  # seen: nobody may be waiting any more
@@ -429,6 +464,15 @@ class EngineProcess:
             if code and self._why == _ENDED:
                 self._why = f"{_ENDED}: {exit_text(code)}"
         self._close()
+
+
+def _fail(future: asyncio.Future[Any], error: EngineDiedError) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _failure(reply: messages.Message) -> ModelFailureError:
+    return ModelFailureError(reply["message"], caller_fault=reply["caller_fault"])
 
 
 def _gathered(batch: Batch) -> Sequence[RawTensor | Gathered]:

@@ -29,9 +29,21 @@ class Engine(Protocol):
         ...
 
     def run(self, signature: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Runs one batch. What it returns is valid until the next run of the signature.
+        """Runs one batch; several threads may be in here. What it returns is valid until the thread's next run.
 
         Strings are object arrays of ``bytes``; bfloat16 is ``ml_dtypes.bfloat16``.
+
+        Raises:
+            EngineError: if the model fails on these inputs.
+        """
+        ...
+
+
+class Runs(Protocol):
+    """What of an engine it takes to warm it up."""
+
+    def run(self, signature: str, inputs: Mapping[str, Array]) -> object:
+        """Runs one batch.
 
         Raises:
             EngineError: if the model fails on these inputs.

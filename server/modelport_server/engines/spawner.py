@@ -19,7 +19,8 @@ from modelport_server.engines._system import CORES, adopt_descendants
 
 _log = logging.getLogger(__name__)
 
-_ALL_CORES = sorted(os.sched_getaffinity(0))
+ALL_CORES = sorted(os.sched_getaffinity(0))
+"""Those that the server began with, whatever it keeps to later."""
 """Those that the server begins with; later it may keep to some of them."""
 _IMPORT_S = 60.0
 _FORK_S = 30.0
@@ -126,7 +127,7 @@ def _run_module(
 ) -> subprocess.Popen[bytes]:
     # -P: what lies in the folder that the server was started in must not be imported.
     command = [sys.executable, "-P", "-m", f"modelport_server.engines.{module}", *map(str, arguments)]
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment, CORES: ",".join(map(str, _ALL_CORES))}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment, CORES: ",".join(map(str, ALL_CORES))}
     return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
 
 

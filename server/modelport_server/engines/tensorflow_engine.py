@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelport_server.engines.kinds import FLOAT32
+from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.protocol import Array, EngineError
 from modelport_server.engines.tensorflow_session import new_session, session_calls
 
@@ -30,22 +31,22 @@ class TensorFlowEngine:
     A session loads faster than ``tf.saved_model.load``, and a call of it costs less (``docs/adr/0049``).
 
     Args:
-        threads: how many threads one operation may use; 0 leaves it to TensorFlow.
+        parallelism: how many batches run at once, and on how many threads.
         precision: what matrix products and convolutions of float32 are computed in: ``float32`` or ``bfloat16``.
 
     Raises:
         EngineError: if TensorFlow has no such precision.
     """
 
-    def __init__(self, *, threads: int = 0, precision: str = FLOAT32) -> None:
+    def __init__(self, *, parallelism: Parallelism = ALONE, precision: str = FLOAT32) -> None:
         if precision not in _FPMATH_MODES:
             raise EngineError(f"TensorFlow computes in {' or '.join(_FPMATH_MODES)}, not in {precision}")
         self._precision = precision
         if mode := _FPMATH_MODES[precision]:
             os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = mode  # read when the first operation runs
         self._tf = import_tensorflow()
-        if threads:
-            self._tf.config.threading.set_intra_op_parallelism_threads(threads)
+        if parallelism.threads:
+            self._tf.config.threading.set_intra_op_parallelism_threads(parallelism.threads)
         with _quiet_stderr():  # these make TensorFlow's thread pools, which take on this thread's priority
             self._tf.constant(0)
             self._session = new_session(self._tf)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from modelport_registry import JSON, Golden, SignatureSpec
-from modelport_server.engines.protocol import Array, Engine, EngineError
+from modelport_server.engines.protocol import Array, Engine, EngineError, Runs
 
 _MOST_RUNS = 8
 _STABLE_GAIN = 0.1
@@ -104,7 +104,7 @@ class WarmUp:
     and is not at fault if it does not take them.
     """
 
-    engine: Engine
+    engine: Runs
     signatures: Mapping[str, SignatureSpec]
     batched: Sequence[str]
     """The signatures whose rows run together."""

@@ -23,8 +23,10 @@ from modelport_registry import JSON, Golden, IntegrityError, InvalidModelError, 
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines._system import Priority, close_network, live_under, take_cores
+from modelport_server.engines.instances import CPUShares, Instances, OnAllInstances
 from modelport_server.engines.kinds import OPENVINO, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.protocol import Array, Engine, EngineError
 from modelport_server.engines.verification import GoldenMismatchError, Verified, check_golden
 from modelport_server.engines.warming import Request, TimedEngine, WarmUp, WarmUpError
@@ -70,6 +72,7 @@ class Worker:
         self._channel = channel
         self._slots = slots
         self._engine: Engine | None = None
+        self._cpu = CPUShares()
 
     def serve(self) -> None:
         """Loads the version that the first message names, then answers until the front is gone."""
@@ -79,7 +82,8 @@ class Worker:
         if why := close_network():
             self._send({"op": "warning", "text": f"engine processes can't be kept from the network: {why}"})
         document = messages.read_document(self._slots[0][0], message["size"])
-        loading = _Loading(self._send, document)
+        parallelism = Parallelism(**document["parallelism"])
+        loading = _Loading(self._send, document, parallelism)
         try:
             self._engine = loading.run()
         except _RejectedError:
@@ -87,8 +91,14 @@ class Worker:
         except _UnreadableError as error:
             self._send({"op": "unreadable", "reason": str(error)})
             return
-        while (message := messages.receive(self._channel)) is not None:
-            self._run(message)
+        with Instances(parallelism.instances) as instances:
+            instances.run(self._answer)
+
+    def _answer(self) -> None:
+        """Runs what comes until the front is gone; each instance is in here."""
+        with contextlib.suppress(ConnectionError):
+            while (message := messages.receive(self._channel)) is not None:
+                self._run(message)
 
     def _send(self, message: messages.Message) -> None:
         self._channel.send(messages.pack(message))
@@ -100,11 +110,11 @@ class Worker:
         try:
             raw = messages.read(inputs_region, message["inputs"], message["size"])
             inputs = {tensor.name: array_from_bytes(tensor.dtype, tensor.shape, tensor.data) for tensor in raw}
-            started, started_cpu = time.monotonic(), time.process_time()
-            outputs = self._engine.run(message["signature"], inputs)
+            started = time.monotonic()
+            with self._cpu.share() as share:
+                outputs = self._engine.run(message["signature"], inputs)
             spent_us = int((time.monotonic() - started) * 1e6)
-            cpu_us = int((time.process_time() - started_cpu) * 1e6)
-            reply |= {"us": spent_us, "cpu_us": cpu_us}
+            reply |= {"us": spent_us, "cpu_us": int(share.cpu_s * 1e6)}
             if message["op"] == "compare":
                 answer = messages.read(inputs_region, message["answer"], message["size"])
                 self._send(reply | {"op": "compared"} | _comparison(answer, _raw(outputs), look=message["look"]))
@@ -128,12 +138,15 @@ class _Loading:
     Args:
         send: sends a message to the front.
         document: what the front ordered.
+        parallelism: how many batches run at once.
     """
 
-    def __init__(self, send: Callable[[messages.Message], None], document: messages.Message) -> None:
+    def __init__(
+        self, send: Callable[[messages.Message], None], document: messages.Message, parallelism: Parallelism
+    ) -> None:
         self._send = send
         self._order = order = LoadOrder.from_json(document)
-        self._threads = int(document["threads"])
+        self._parallelism = parallelism
         self._limits_s: Mapping[str, float] = document["limits_s"]
         self._registry = Registry(order.root)
         self._path = Path()
@@ -239,7 +252,7 @@ class _Loading:
         self._priority.run(lambda: _import_engine(order.engine))
         try:
             # Its thread pools take on the priority of the thread that makes them, and are as large as that has cores.
-            engine = self._priority.run_on_all_cores(lambda: _new_engine(order.engine, order.precision, self._threads))
+            engine = self._priority.run_on_all_cores(lambda: _new_engine(order, self._parallelism))
             self._priority.lower()
             self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
         except EngineError as error:
@@ -274,20 +287,21 @@ class _Loading:
         batched: Sequence[str],
         figures: Figures,
     ) -> None:
-        warm_up = WarmUp(
-            engine=engine,
-            signatures=manifest.signatures,
-            batched=batched,
-            largest=self._order.largest,
-            limit_s=self._limits_s[gates.WARM_UP],
-            compiles_sizes=self._order.engine == OPENVINO,
-        )
-        try:
-            warm_up.run(golden, self._requests())
-        except WarmUpError as error:
-            raise _RejectedError(str(error)) from error
-        finally:
-            figures |= warm_up.done.figures() | engine.figures()
+        with Instances(self._parallelism.instances) as instances:
+            warm_up = WarmUp(
+                engine=OnAllInstances(engine, instances),
+                signatures=manifest.signatures,
+                batched=batched,
+                largest=self._order.largest,
+                limit_s=self._limits_s[gates.WARM_UP],
+                compiles_sizes=self._order.engine == OPENVINO,
+            )
+            try:
+                warm_up.run(golden, self._requests())
+            except WarmUpError as error:
+                raise _RejectedError(str(error)) from error
+            finally:
+                figures |= warm_up.done.figures() | engine.figures()
 
     def _requests(self) -> Sequence[Request]:
         from modelport_server.gates.warmup_requests import WARMUP_REQUESTS, WarmUpRequestsError, read_warmup_requests
@@ -345,14 +359,14 @@ def _import_engine(engine: str) -> None:
         import_tensorflow()
 
 
-def _new_engine(engine: str, precision: str, threads: int) -> Engine:
-    if engine == OPENVINO:
+def _new_engine(order: LoadOrder, parallelism: Parallelism) -> Engine:
+    if order.engine == OPENVINO:
         from modelport_server.engines.openvino_engine import OpenVINOEngine
 
-        return OpenVINOEngine(threads=threads, precision=precision)
+        return OpenVINOEngine(parallelism=parallelism, precision=order.precision)
     from modelport_server.engines.tensorflow_engine import TensorFlowEngine
 
-    return TensorFlowEngine(threads=threads, precision=precision)
+    return TensorFlowEngine(parallelism=parallelism, precision=order.precision)
 
 
 def _resident_bytes() -> int:

@@ -9,8 +9,10 @@ from time import monotonic
 
 from modelport_registry import Golden, IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines.choice import Candidate, EngineChoice
+from modelport_server.engines.parallel import wide
 from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
+from modelport_server.engines.spawner import ALL_CORES
 from modelport_server.gates.result import INTEGRITY, SPEED, GateResult, Outcome
 from modelport_server.gates.speed import Inputs, Probe, compare_speed, probe_sizes, shared_examples
 from modelport_server.options import EngineLimits
@@ -69,6 +71,7 @@ class OfflineCheck:
             new_process=lambda first: EngineProcess(self.limits, lambda state: None, on_gate=on_gate),
             signatures=manifest.signatures,
             golden=self._golden(order.version),
+            wide=wide(self.limits.instances, self.limits.threads, len(ALL_CORES)),
         )
         chosen = await choice.run()
         try:
@@ -82,8 +85,6 @@ class OfflineCheck:
         Raises:
             RejectedError: if they are damaged.
         """
-        if sum(map(len, self.candidates)) == 1:
-            return ()
         try:
             return self.registry.golden(self.model, version)
         except (IntegrityError, InvalidModelError) as error:
@@ -94,7 +95,8 @@ class OfflineCheck:
         if self.against is None:
             return await compare_speed(None, candidate, {}, batched=(), sizes=(), max_ratio=max_ratio)
         started = monotonic()
-        stable_order = replace(order, version=self.against, baseline=None)
+        parallelism = candidate.loaded.parallelism  # else ways to run a version would be compared, not versions
+        stable_order = replace(order, version=self.against, baseline=None, parallelism=parallelism)
         try:
             async with self._loaded(stable_order, lambda gate: None) as stable:
                 return await self._compare(stable, candidate, max_ratio)

@@ -452,8 +452,7 @@ class ModelRollout:
             manifest = tracked.manifest = await asyncio.to_thread(self._registry.manifest, self._name, number)
         rules = self._options.engine_rules(self._name)
         groups = candidates(rules.engines, rules.precision)
-        several = sum(map(len, groups)) > 1
-        golden = await asyncio.to_thread(self._registry.golden, self._name, number) if several else ()
+        golden = await asyncio.to_thread(self._registry.golden, self._name, number)
         return Servable(
             self._order(number),
             manifest,
@@ -479,6 +478,7 @@ class ModelRollout:
             baseline=stable.manifest.signatures if stable is not None and stable.manifest is not None else None,
             allow_signature_changes=rules.allow_signature_changes,
             in_haste=not self._router.answers,
+            parallelism=stable.loaded.parallelism if stable is not None and stable.servable is not None else None,
         )
 
     def _stable_beside(self, number: int) -> Tracked | None:

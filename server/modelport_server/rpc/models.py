@@ -46,14 +46,14 @@ class ModelService:
             models = [_model(status) for status in self._board.models()]
             return model_pb2.ListModelsResponse(models=models).SerializeToString()
 
-        return await guarded(context, work)
+        return await guarded(context, work())
 
     async def _get_model(self, raw: bytes, context: Context) -> bytes | None:
         async def work() -> bytes:
             request = parse(model_pb2.GetModelRequest, raw)
             return model_pb2.GetModelResponse(model=_model(self._find(request.model))).SerializeToString()
 
-        return await guarded(context, work)
+        return await guarded(context, work())
 
     async def _watch_models(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
         drained = asyncio.Event()

@@ -7,7 +7,7 @@ of its own fails, and in a stream it would end all of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 from modelport_server.batching.calls import Answer, Call
@@ -17,7 +17,7 @@ from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of, generic_handler
 from modelport_server.rpc.codec import Request, packed, parse_predict, to_request, to_response
-from modelport_server.rpc.status import abort, guarded
+from modelport_server.rpc.status import guarded
 from modelport_server.rpc.streams import PredictStream
 from modelport_server.servable import Servable
 
@@ -58,9 +58,7 @@ class PredictionService:
         """Returns when no call and no stream is under way."""
         await self._idle.wait()
 
-    async def _counted(self, context: Context, work: Callable[[], Awaitable[bytes | None]]) -> bytes | None:
-        if self._refusing:
-            await abort(context, NotAvailableError("the server is stopping"))
+    async def _counted(self, context: Context, work: Awaitable[bytes | None]) -> bytes | None:
         self._in_flight += 1
         self._idle.clear()
         context.add_done_callback(self._on_call_ended)  # not when the handler returns: its answer is not sent then
@@ -72,9 +70,10 @@ class PredictionService:
             self._idle.set()
 
     async def _predict(self, raw: bytes, context: Context) -> bytes | None:
-        return await self._counted(context, lambda: self._answer(raw, context))
+        return await self._counted(context, self._answer(raw, context))
 
     async def _answer(self, raw: bytes, context: Context) -> bytes:
+        self._check_open()
         request = to_request(parse_predict(raw), len(raw))
         servable = self._router.resolve(
             request.model, version=request.version, alias=request.alias, key=request.routing_key
@@ -84,10 +83,15 @@ class PredictionService:
         return packed(response, self._options.max_message_bytes)
 
     async def _predict_stream(self, _: object, context: Context) -> None:
-        async def work() -> None:
-            await PredictStream(self._router, self._options, self._drain, context).serve()
+        await self._counted(context, self._serve_stream(context))
 
-        await self._counted(context, work)
+    async def _serve_stream(self, context: Context) -> None:
+        self._check_open()
+        await PredictStream(self._router, self._options, self._drain, context).serve()
+
+    def _check_open(self) -> None:
+        if self._refusing:
+            raise NotAvailableError("the server is stopping")
 
 
 async def _run(servable: Servable, request: Request, deadline: float) -> Answer:

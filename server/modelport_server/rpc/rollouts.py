@@ -66,7 +66,7 @@ class RolloutService:
             status = self._find(parse(pb.GetRolloutRequest, raw).model)
             return pb.GetRolloutResponse(status=status_message(status)).SerializeToString()
 
-        return await guarded(context, work)
+        return await guarded(context, work())
 
     async def _watch_rollout(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
         drained = asyncio.Event()
@@ -99,7 +99,7 @@ class RolloutService:
             policy = policy_message(state.policy)
             return pb.GetPolicyResponse(policy=policy, state=state_message(state)).SerializeToString()
 
-        return await guarded(context, work)
+        return await guarded(context, work())
 
     async def _read_journal(self, raw: bytes, context: Context) -> bytes | None:
         async def work() -> bytes:
@@ -109,7 +109,7 @@ class RolloutService:
             newest = [entry_message(entry) for entry in entries[: -limit - 1 : -1]]
             return pb.ReadJournalResponse(entries=newest).SerializeToString()
 
-        return await guarded(context, work)
+        return await guarded(context, work())
 
     def _changing(self, change: _Change) -> Callable[[bytes, Context], Any]:
         async def handler(raw: bytes, context: Context) -> bytes | None:
@@ -123,7 +123,7 @@ class RolloutService:
                 answer: bytes = change.response(state=state_message(state)).SerializeToString()
                 return answer
 
-            return await guarded(context, work)
+            return await guarded(context, work())
 
         return handler
 

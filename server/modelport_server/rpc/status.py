@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -87,10 +87,10 @@ def _cut(text: str) -> str:
     return text.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
 
 
-async def guarded(context: Context, work: Callable[[], Awaitable[bytes | None]]) -> bytes | None:
-    """Returns what ``work`` returns; an error of it ends the call with its status."""
+async def guarded(context: Context, work: Awaitable[bytes | None]) -> bytes | None:
+    """Returns what ``work`` comes to; an error of it ends the call with its status."""
     try:
-        return await work()
+        return await work
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except CallerGoneError as error:
