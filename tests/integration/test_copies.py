@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ async def test_an_output_that_is_not_there_agrees_in_nothing(servable: Servable)
     call = _answered(np.array([1, 2]))
     scores, version = call.future.result().outputs
     call.future = asyncio.get_running_loop().create_future()
-    call.future.set_result(Answer(7, (replace(scores, name="gone"), version), 0, 0))
+    call.future.set_result(Answer(7, (scores._replace(name="gone"), version), 0, 0))
     assert (await servable.compare(call, look=False)).agreeing == {"gone": (2, 0), "version": (2, 2)}
 
 
@@ -101,7 +100,7 @@ async def test_a_large_call_is_compared_in_the_rows_of_one_batch(servable: Serva
 
 async def test_what_is_not_for_it_is_not_run(servable: Servable) -> None:
     call = _answered(np.array([1]))
-    call.inputs = (replace(call.inputs[0], name="z"),)
+    call.inputs = (call.inputs[0]._replace(name="z"),)
     with pytest.raises(InvalidCallError, match="has no input 'z'; its inputs are 'x'"):
         await servable.compare(call, look=False)
     other = _answered(np.array([1]))

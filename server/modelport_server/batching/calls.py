@@ -6,15 +6,14 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from modelport_server.tensors import RawTensor
 
 Key = tuple[object, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a call gets back."""
 
     version: int
@@ -68,8 +67,7 @@ class Call:
             self.future.set_exception(error)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Some rows of one call."""
 
     call: Call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -15,8 +15,7 @@ from modelport_server.errors import InvalidCallError, TooLargeError
 from modelport_server.tensors import RawTensor, checked_strings
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A decoded ``PredictRequest`` whose tensors are legal in themselves."""
 
     model: str
@@ -67,7 +66,7 @@ def to_request(message: prediction_pb2.PredictRequest, size: int) -> Request:
         version=message.version if choice == "version" else None,
         alias=message.alias if choice == "alias" else None,
         signature=message.signature,
-        inputs=tuple(_to_tensor(tensor) for tensor in message.inputs),
+        inputs=tuple([_to_tensor(tensor) for tensor in message.inputs]),
         outputs=tuple(message.outputs),
         sequence=message.sequence,
         size=size,
