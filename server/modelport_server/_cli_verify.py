@@ -38,7 +38,12 @@ def verify(
         str, typer.Option(help="tensorflow, openvino, or auto: the fastest that reproduces the golden examples.")
     ] = "auto",
     precision: Annotated[str, typer.Option(help="Compute in float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
+    instances: Annotated[
+        int, typer.Option(help="How many batches run at once.", show_default="what suits the machine and the model")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Threads that one batch may use.", show_default="what suits the machine and the model")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Put a version through all gates, as a server would before it takes traffic.
@@ -63,8 +68,8 @@ def verify(
     store = Registry(registry.absolute())
     number = store.find(model, version)
     other = _baseline(store, model, number, against)
-    limits = EngineLimits(threads=threads)
-    rules = EngineRules(engine=engine, precision=precision)
+    limits = EngineLimits()
+    rules = EngineRules(engine=engine, precision=precision, instances=instances, threads=threads)
     largest = BatchLimits(max_batch_size=max_batch_size).max_batch_size
     with contextlib.ExitStack() as stack:
         for held in {number, other} - {None}:
@@ -79,6 +84,7 @@ def verify(
             limits=limits,
             candidates=candidates(rules.engines, rules.precision),
             on_gate=on_gate,
+            parallelism=rules.parallelism,
         )
         results = asyncio.run(check.run())
     passed = results[-1].outcome != "failed"

@@ -52,7 +52,20 @@ def serve(
             show_default="float32",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads per operation of an engine; 0: as it likes.")] = 0,
+    instances: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How many batches of a version run at once. MODEL=COUNT for one model; repeat for more.",
+            show_default="what suits the machine and the model",
+        ),
+    ] = None,
+    threads: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Threads that one batch may use. MODEL=COUNT for one model; repeat for more.",
+            show_default="what suits the machine and the model",
+        ),
+    ] = None,
     load_timeout: Annotated[float, typer.Option(help="Seconds that a version may take to load.")] = 300.0,
     run_timeout: Annotated[float, typer.Option(help="Seconds that a batch may run; then its engine hangs.")] = 60.0,
     poll_interval: Annotated[float, typer.Option(help="Seconds between two looks at the registry, at most 2.")] = 0.25,
@@ -102,8 +115,8 @@ def serve(
         grace_s=grace,
         lame_duck_s=lame_duck,
         batch=options.BatchLimits(max_batch_size=max_batch_size, max_enqueued_rows=max_enqueued_rows),
-        engine=options.EngineLimits(threads=threads, load_timeout_s=load_timeout, run_timeout_s=run_timeout),
-        engines=options.engine_rules(engine or [], precision or []),
+        engine=options.EngineLimits(load_timeout_s=load_timeout, run_timeout_s=run_timeout),
+        engines=options.engine_rules(engine or [], precision or [], instances or [], threads or []),
         rollout=options.RolloutOptions(poll_interval_s=poll_interval, pinned_stream_limit_s=pinned_stream_limit),
         rpc=options.RpcOptions(max_message_bytes=max_message_mib * _MIB, reuse_port=reuse_port),
     )

@@ -7,14 +7,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_ADDRESS, is_valid_name, shown
 from modelport_server.engines import kinds
+from modelport_server.engines.parallel import Parallelism, settled
 
 MIB = 1 << 20
+MOST_INSTANCES = 64
 _DAY_S = 86_400.0
-_MOST_INSTANCES = 64
 
 
 class OptionError(ModelportError):
@@ -83,10 +85,6 @@ class EngineLimits:
     """The most resident memory of an engine process; 0, the default, means 80% of the machine's."""
     max_threads: int = 1024
     """The most threads of an engine process. Default 1024."""
-    instances: int = 0
-    """How many batches of a version run at once; 0, the default, means what measuring shows to be best."""
-    threads: int = 0
-    """Threads that one batch may use; 0, the default, means what measuring shows to be best."""
     max_concurrent_loads: int = 2
     """How many versions load at the same time, over all models. Default 2."""
     zygote: bool = True
@@ -106,8 +104,6 @@ class EngineLimits:
             _require(0 < getattr(self, name) <= _DAY_S, f"{name} must be above 0 and at most a day")
         _require(self.max_threads >= 1, "max_threads must be at least 1")
         _require(self.max_memory_bytes >= 0, "max_memory_bytes must not be negative")
-        _require(0 <= self.instances <= _MOST_INSTANCES, f"instances must be 0 to {_MOST_INSTANCES}")
-        _require(self.threads >= 0, "threads must not be negative")
         _require(self.max_concurrent_loads >= 1, "max_concurrent_loads must be at least 1")
 
     @property
@@ -126,8 +122,14 @@ class EngineRules:
     precision: str = kinds.FLOAT32
     """What is computed in: ``float32``, the default, ``bfloat16`` or ``float16``. The golden examples have to be
     reproduced all the same, or it is float32."""
+    instances: int = 0
+    """How many batches of a version run at once; 0, the default, means what suits the machine and the model."""
+    threads: int = 0
+    """Threads that one batch may use; 0, the default, means what suits the machine and the model."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.instances <= MOST_INSTANCES, f"instances must be 0 to {MOST_INSTANCES}")
+        _require(self.threads >= 0, "threads must not be negative")
         known = (kinds.AUTO, *kinds.ENGINES)
         _require(self.engine in known, f"the engine must be one of {', '.join(known)}, not {shown(self.engine)}")
         precisions = ", ".join(kinds.PRECISIONS)
@@ -135,6 +137,13 @@ class EngineRules:
             self.precision in kinds.PRECISIONS,
             f"the precision must be one of {precisions}, not {shown(self.precision)}",
         )
+
+    @property
+    def parallelism(self) -> Parallelism | None:
+        """How many batches run at once on how many threads; None if that is left open."""
+        if not self.instances and not self.threads:
+            return None
+        return settled(self.instances, self.threads, len(os.sched_getaffinity(0)))
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -157,24 +166,41 @@ class EngineRules:
         return (self.engine,)
 
 
-def engine_rules(engines: Sequence[str], precisions: Sequence[str]) -> dict[str, EngineRules]:
+def engine_rules(
+    engines: Sequence[str], precisions: Sequence[str], instances: Sequence[str] = (), threads: Sequence[str] = ()
+) -> dict[str, EngineRules]:
     """Returns what each model runs on, by name; under the empty name what all others do.
 
     Args:
         engines: each ``ENGINE`` or ``MODEL=ENGINE``.
         precisions: each ``PRECISION`` or ``MODEL=PRECISION``.
+        instances: each ``COUNT`` or ``MODEL=COUNT``.
+        threads: each ``COUNT`` or ``MODEL=COUNT``.
 
     Raises:
         OptionError: if one is not of that form, or there are two for one model.
     """
-    chosen = {"engine": _by_model("--engine", engines), "precision": _by_model("--precision", precisions)}
-    models = {"", *chosen["engine"], *chosen["precision"]}
+    chosen: dict[str, Mapping[str, Any]] = {
+        "engine": _by_model("--engine", engines),
+        "precision": _by_model("--precision", precisions),
+        "instances": _counts("--instances", instances),
+        "threads": _counts("--threads", threads),
+    }
+    models = {"", *(model for values in chosen.values() for model in values)}
     return {model: EngineRules(**_rules_of(model, chosen)) for model in models}
 
 
-def _rules_of(model: str, chosen: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    given = {rule: values.get(model) or values.get("") for rule, values in chosen.items()}
-    return {rule: value for rule, value in given.items() if value}
+def _rules_of(model: str, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    given = {rule: values.get(model, values.get("")) for rule, values in chosen.items()}
+    return {rule: value for rule, value in given.items() if value is not None}
+
+
+def _counts(option: str, texts: Sequence[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for model, value in _by_model(option, texts).items():
+        _require(value.isascii() and value.isdigit(), f"{option} takes a whole number, not {shown(value)}")
+        counts[model] = int(value)
+    return counts
 
 
 def _by_model(option: str, texts: Sequence[str]) -> dict[str, str]:

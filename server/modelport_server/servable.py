@@ -176,7 +176,7 @@ class Servable:
             signatures=self.manifest.signatures,
             golden=self._golden,
             measuring=self._cores.measuring if self._cores is not None else lambda pids: nullcontext(),
-            wide=wide(self._engine_limits.instances, self._engine_limits.threads, len(ALL_CORES)),
+            wide=wide(len(ALL_CORES)),
         )
         chosen = await choice.run()
         self._engine = chosen.process

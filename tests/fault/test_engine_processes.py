@@ -102,7 +102,7 @@ async def _loaded(
     root: Path, spawner: Spawner | None, limits: EngineLimits | None = None
 ) -> AsyncGenerator[tuple[EngineProcess, Loaded]]:
     """Loads the good version and ends its engine process."""
-    engine = EngineProcess(limits or EngineLimits(threads=1), _no_state, spawner)
+    engine = EngineProcess(limits or EngineLimits(), _no_state, spawner)
     try:
         yield engine, await engine.load(_order(root))
     finally:
@@ -169,7 +169,7 @@ async def test_a_bad_version_is_rejected_at_the_gate_where_it_shows(
     tmp_path: Path, bad_versions: Path, spawner: Spawner, name: str, gate: str, words: str
 ) -> None:
     Registry(tmp_path).publish(name, bad_versions / name, golden=[bad_golden(name, 2)])
-    limits = EngineLimits(threads=1, max_memory_bytes=1500 * MIB)
+    limits = EngineLimits(max_memory_bytes=1500 * MIB)
     if name.startswith("hang"):
         short: dict[str, Any] = {f"{gate.replace('-', '_')}_timeout_s": 4.0}
         limits = replace(limits, **short)
@@ -184,7 +184,7 @@ async def test_a_bad_version_is_rejected_at_the_gate_where_it_shows(
 
 async def test_a_version_that_crashes_an_engine_of_its_own_process(tmp_path: Path, bad_versions: Path) -> None:
     Registry(tmp_path).publish("bad", bad_versions / "segfault", golden=[bad_golden("segfault", 2)])
-    error = await _rejection(tmp_path, _order(tmp_path, "bad"), EngineLimits(threads=1), None)
+    error = await _rejection(tmp_path, _order(tmp_path, "bad"), EngineLimits(), None)
     assert (error.gate, str(error)) == ("golden", "the engine process ended: SIGSEGV")
 
 
@@ -198,13 +198,13 @@ async def test_an_engine_that_is_killed_is_rejected_at_the_gate_that_it_was_in(
         if now == state:
             os.kill(pid, signal.SIGKILL)
 
-    error = await _rejection(root, _order(root), EngineLimits(threads=1), spawner, kill)
+    error = await _rejection(root, _order(root), EngineLimits(), spawner, kill)
     assert error.gate in (gate, "safety") if gate == "integrity" else error.gate == gate
     assert str(error) == "the engine process ended: SIGKILL"
 
 
 async def test_a_version_that_is_gone_is_not_rejected(root: Path, either: Spawner) -> None:
-    engine = EngineProcess(EngineLimits(threads=1), _no_state, either)
+    engine = EngineProcess(EngineLimits(), _no_state, either)
     with pytest.raises(UnreadableError, match="no version 2"):
         await engine.load(_order(root, version=2))
     await engine.stop()
@@ -221,7 +221,7 @@ async def test_a_version_whose_warm_up_requests_the_storage_fails_at_is_not_reje
             requests.parent.mkdir()
             requests.symlink_to(requests.name)
 
-    engine = EngineProcess(EngineLimits(threads=1), _no_state, spawner, fail_after_integrity)
+    engine = EngineProcess(EngineLimits(), _no_state, spawner, fail_after_integrity)
     with pytest.raises(UnreadableError, match="symbolic links"):
         await engine.load(_order(tmp_path / "registry"))
     await engine.stop()
@@ -657,7 +657,7 @@ async def test_a_probe_runs_alone_and_says_what_it_cost(root: Path, spawner: Spa
         _order(root),
         manifest,
         BatchLimits(),
-        EngineLimits(threads=1),
+        EngineLimits(),
         on_state=_no_state,
         on_rejected=lambda gate, reason: None,
         spawner=spawner,

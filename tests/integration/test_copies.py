@@ -40,7 +40,7 @@ async def servable(tmp_path_factory: pytest.TempPathFactory, bad_versions: Path)
         LoadOrder(root, MODEL, published.version, LARGEST),
         Registry(root).manifest(MODEL, published.version),
         BatchLimits(max_batch_size=LARGEST),
-        EngineLimits(threads=1),
+        EngineLimits(),
         on_state=lambda _: None,
         on_rejected=lambda _gate, _reason: None,
     )

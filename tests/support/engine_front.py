@@ -18,7 +18,7 @@ async def _main() -> None:
     spawner = Spawner()
     spawner.start()
     order = LoadOrder(Path(sys.argv[1]), sys.argv[2], 1, 8)
-    engines = [EngineProcess(EngineLimits(threads=1), lambda _: None, way) for way in (spawner, None)]
+    engines = [EngineProcess(EngineLimits(), lambda _: None, way) for way in (spawner, None)]
     for engine in engines:
         await engine.load(order)
     print(spawner.pid, *(engine.pid for engine in engines), flush=True)

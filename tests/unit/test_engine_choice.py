@@ -14,8 +14,10 @@ from modelport_registry import Golden, SignatureSpec, TensorSpec
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines.choice import Candidate, Chosen, EngineChoice, candidates
 from modelport_server.engines.order import Loaded, LoadOrder
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.process import RejectedError
 from modelport_server.errors import ModelFailureError
+from modelport_server.gates.result import GateResult, Outcome
 
 OPENVINO, TENSORFLOW = Candidate("openvino"), Candidate("tensorflow")
 BOTH = candidates(["openvino", "tensorflow"], "float32")
@@ -23,6 +25,8 @@ COLUMN = (TensorSpec("x", "float32", (None,)),)
 SPEC = SignatureSpec("serving_default", COLUMN, (TensorSpec("y", "float32", (None,)),))
 ROWS = np.ones(4, np.float32)
 GOLDEN = Golden("serving_default", {"x": ROWS}, {"y": ROWS})
+
+NARROW, WIDE = Parallelism(4, 1), Parallelism(1, 4)
 
 RowUs = Callable[[int], float]
 
@@ -41,6 +45,8 @@ class FakeProcess:
     pid: int
     engine: str = ""
     stopped: bool = False
+    order: LoadOrder | None = None
+    single_row_ms: float = 0.0
     sizes: list[int] = field(default_factory=list[int])
 
     @property
@@ -52,10 +58,15 @@ class FakeProcess:
         return 1
 
     async def load(self, order: LoadOrder) -> Loaded:
+        self.order = order
         self.engine = order.engine if order.precision == "float32" else f"{order.engine} {order.precision}"
         if self.engine in self.rejected:
             raise RejectedError(*self.rejected[self.engine])
-        return Loaded(f"{order.engine} 1.0", 4, self.dependent.get(order.engine, ()))
+        warm_up = GateResult("warm-up", Outcome.PASSED, 1.0, {"last_row_ms": self.single_row_ms})
+        parallelism = order.parallelism or NARROW
+        if parallelism == WIDE:
+            self.engine += " wide"
+        return Loaded(f"{order.engine} 1.0", 4, self.dependent.get(order.engine, ()), (warm_up,), parallelism)
 
     async def run(self, batch: Batch) -> BatchOutput:
         assert not self.stopped
@@ -78,22 +89,29 @@ class Machine:
     dependent: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     golden: Sequence[Golden] = (GOLDEN,)
     processes: list[FakeProcess] = field(default_factory=list[FakeProcess])
+    single_row_ms: float = 0.0
+    """What a row takes by itself."""
+    parallelism: Parallelism | None = None
+    """What the order asks for."""
     aside: list[int] = field(default_factory=list[int])
     """Who was kept from the callers' cores while it was measured."""
 
     def _new(self, first: bool) -> FakeProcess:
         pid = len(self.processes) + 1
-        self.processes.append(FakeProcess(self.row_us, self.rejected, self.dependent, first, pid))
+        self.processes.append(
+            FakeProcess(self.row_us, self.rejected, self.dependent, first, pid, single_row_ms=self.single_row_ms)
+        )
         return self.processes[-1]
 
     async def choose(self, groups: Sequence[Sequence[Candidate]] = BOTH, largest: int = 128) -> Chosen[FakeProcess]:
         choice = EngineChoice(
-            order=LoadOrder(Path("registry"), "digits", 3, largest),
+            order=LoadOrder(Path("registry"), "digits", 3, largest, parallelism=self.parallelism),
             groups=groups,
             new_process=self._new,
             signatures={"serving_default": SPEC},
             golden=self.golden,
             measuring=self._measuring,
+            wide=WIDE,
         )
         return await choice.run()
 
@@ -161,7 +179,7 @@ async def test_tensorflow_is_taken_where_the_other_fails(gate: str) -> None:
     assert chosen.candidate == TENSORFLOW
     assert [attempt.text for attempt in chosen.attempts] == [
         f"openvino: {gate}: no rule for MatrixDeterminant",
-        "tensorflow 1.0: taken (1 batch at once on all threads)",
+        "tensorflow 1.0: taken (4 batches at once on 1 thread each)",
     ]
 
 
@@ -239,3 +257,43 @@ async def test_where_all_fail_while_they_are_measured_the_next_are_tried() -> No
     with pytest.raises(RejectedError, match="it is broken"):
         await machine.choose()
     assert all(process.stopped for process in machine.processes)
+
+
+ONE = candidates(["tensorflow"], "float32")
+
+
+async def test_all_cores_for_a_batch_are_not_tried_where_rows_are_short() -> None:
+    machine = Machine(single_row_ms=4.9)
+    chosen = await machine.choose(ONE)
+    assert len(machine.processes) == 1
+    assert chosen.loaded.parallelism == NARROW
+
+
+async def test_all_cores_for_a_batch_are_taken_where_a_row_is_the_sooner_done() -> None:
+    times = {"tensorflow": lambda rows: 40_000 * rows, "tensorflow wide": lambda rows: 11_000 * rows}
+    machine = Machine(times, single_row_ms=40.0)
+    chosen = await machine.choose(ONE)
+    assert chosen.loaded.parallelism == WIDE
+    assert chosen.candidate == Candidate("tensorflow", parallelism=WIDE)
+    machine.check_only(chosen)
+    assert [attempt.reason for attempt in chosen.attempts] == ["slower than 1 batch at once on 4 threads", ""]
+
+
+async def test_several_batches_at_once_are_kept_where_more_threads_gain_little() -> None:
+    times = {"tensorflow": lambda rows: 40_000 * rows, "tensorflow wide": lambda rows: 30_000 * rows}
+    machine = Machine(times, single_row_ms=40.0)
+    chosen = await machine.choose(ONE)
+    assert chosen.loaded.parallelism == NARROW
+    machine.check_only(chosen)
+
+
+async def test_what_is_asked_for_is_not_measured() -> None:
+    machine = Machine(single_row_ms=40.0, parallelism=NARROW)
+    await machine.choose(ONE)
+    assert len(machine.processes) == 1
+
+
+async def test_without_golden_examples_nothing_else_is_tried() -> None:
+    machine = Machine(single_row_ms=40.0, golden=())
+    await machine.choose(ONE)
+    assert len(machine.processes) == 1

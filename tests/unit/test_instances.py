@@ -114,11 +114,8 @@ def test_cores_are_shared_out(instances: int, threads: int, cores: int, expected
     assert settled(instances, threads, cores) == expected
 
 
-def test_a_batch_gets_all_cores_only_where_nobody_has_said_otherwise() -> None:
-    assert wide(0, 0, 8) == Parallelism(1, 8)
-    assert wide(0, 0, 1) is None
-    assert wide(2, 0, 8) is None
-    assert wide(0, 2, 8) is None
+def test_a_batch_may_get_all_cores() -> None:
+    assert wide(8) == Parallelism(1, 8)
 
 
 def test_it_is_told_in_words() -> None:

@@ -17,7 +17,7 @@ from modelport_registry import JSON, Golden, SignatureSpec
 from modelport_server.batching.calls import BatchRunner
 from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
-from modelport_server.engines.parallel import Parallelism
+from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.probing import Inputs, probe
 from modelport_server.engines.process import Loaded, RejectedError
 from modelport_server.errors import ServeError
@@ -136,8 +136,8 @@ class EngineChoice(Generic[AnyLoader]):
     golden: Sequence[Golden]
     measuring: Callable[[Callable[[], Set[int]]], AbstractContextManager[object]] = lambda pids: nullcontext()
     """Entered with what returns the pids of the engines that are measured, so that callers of others do not notice."""
-    wide: Parallelism | None = None
-    """What is tried besides where a single row takes long; None for nothing."""
+    wide: Parallelism = ALONE
+    """What is tried besides where a single row takes long and the order leaves it open."""
     clock: Callable[[], float] = time.monotonic
     _attempts: list[Attempt] = field(default_factory=list[Attempt], init=False)
     _passed: list[_Passed[AnyLoader]] = field(default_factory=list["_Passed[AnyLoader]"], init=False)
@@ -197,7 +197,7 @@ class EngineChoice(Generic[AnyLoader]):
 
     async def _try_wide(self) -> None:
         """Tries what has passed once more with all cores for each batch, if that may matter to a lone caller."""
-        if self.wide is None or self.order.parallelism is not None or not self.golden:
+        if self.order.parallelism is not None or not self.golden:
             return
         for passed in list(self._passed):
             if passed.single_row_ms >= _LONG_ROW_MS and passed.loaded.parallelism != self.wide:

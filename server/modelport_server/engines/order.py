@@ -35,7 +35,7 @@ class LoadOrder:
     precision: str = FLOAT32
     """What it computes in: one of ``kinds.PRECISIONS``."""
     parallelism: Parallelism | None = None
-    """How many batches it runs at once, on how many threads; None: what ``EngineLimits`` say. The front says it."""
+    """How many batches it runs at once, on how many threads; None: what suits most models."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as the front sends it."""

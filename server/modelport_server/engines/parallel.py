@@ -43,14 +43,6 @@ def settled(instances: int, threads: int, cores: int) -> Parallelism:
     return Parallelism(instances, threads or max(1, cores // instances))
 
 
-def wide(instances: int, threads: int, cores: int) -> Parallelism | None:
-    """Returns what suits models whose single rows are much work: one batch at a time, on all cores.
-
-    None if somebody has set it otherwise, or there is but one core.
-
-    Args:
-        instances: how many batches are to run at once; 0 if nobody has set it.
-        threads: how many threads each is to have, likewise.
-        cores: how many cores there are.
-    """
-    return None if instances or threads or cores == 1 else Parallelism(1, cores)
+def wide(cores: int) -> Parallelism:
+    """Returns what suits models whose single rows are much work: one batch at a time, on all cores."""
+    return Parallelism(1, cores)

@@ -159,7 +159,7 @@ class EngineProcess:
             OSError: if the process could not be started.
         """
         self._ready = asyncio.get_running_loop().create_future()
-        self._parallelism = order.parallelism or settled(self._limits.instances, self._limits.threads, len(ALL_CORES))
+        self._parallelism = order.parallelism or settled(0, 0, len(ALL_CORES))
         try:
             await self._start(forked=order.engine == TENSORFLOW)
             self._begin(gates.INTEGRITY)

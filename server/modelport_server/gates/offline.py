@@ -9,7 +9,7 @@ from time import monotonic
 
 from modelport_registry import Golden, IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines.choice import Candidate, EngineChoice
-from modelport_server.engines.parallel import wide
+from modelport_server.engines.parallel import Parallelism, wide
 from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.spawner import ALL_CORES
@@ -37,6 +37,8 @@ class OfflineCheck:
     """The engines that are tried, each group only if nothing of the one before will do."""
     on_gate: OnGate
     """Told each gate as it begins."""
+    parallelism: Parallelism | None = None
+    """How many batches run at once; None for what suits the model."""
 
     async def run(self) -> tuple[GateResult, ...]:
         """Returns what each gate found, in order, up to the first that failed.
@@ -54,6 +56,7 @@ class OfflineCheck:
             policy.allow_ops,
             baseline,
             policy.allow_signature_changes,
+            parallelism=self.parallelism,
         )
         try:
             async with self._loaded(order, self.on_gate) as candidate:
@@ -71,7 +74,7 @@ class OfflineCheck:
             new_process=lambda first: EngineProcess(self.limits, lambda state: None, on_gate=on_gate),
             signatures=manifest.signatures,
             golden=self._golden(order.version),
-            wide=wide(self.limits.instances, self.limits.threads, len(ALL_CORES)),
+            wide=wide(len(ALL_CORES)),
         )
         chosen = await choice.run()
         try:

@@ -27,6 +27,7 @@ from modelport_registry import (
 from modelport_registry import State as Desired
 from modelport_server.engines.choice import candidates
 from modelport_server.engines.cores import CoreSharing
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.process import LoadOrder, RejectedError
 from modelport_server.engines.spawner import Spawner
 from modelport_server.gates.result import INTEGRITY, LOAD, SIGNATURE, SPEED, Outcome
@@ -478,8 +479,13 @@ class ModelRollout:
             baseline=stable.manifest.signatures if stable is not None and stable.manifest is not None else None,
             allow_signature_changes=rules.allow_signature_changes,
             in_haste=not self._router.answers,
-            parallelism=stable.loaded.parallelism if stable is not None and stable.servable is not None else None,
+            parallelism=self._parallelism(stable),
         )
+
+    def _parallelism(self, stable: Tracked | None) -> Parallelism | None:
+        """Returns how many batches of a candidate run at once: as many as of the version that it is compared with."""
+        alike = stable.servable.parallelism if stable is not None and stable.servable is not None else None
+        return self._options.engine_rules(self._name).parallelism or alike
 
     def _stable_beside(self, number: int) -> Tracked | None:
         """Returns the version that a candidate has to measure up to; None for one that is no candidate."""
