@@ -84,6 +84,9 @@ def _version_json(version: VersionInfo) -> dict[str, Any]:
             {"engine": one.engine, "reason": one.reason, "row_ms": {str(rows): ms for rows, ms in one.row_ms.items()}}
             for one in version.engines
         ],
+        "instances": version.instances,
+        "threads": version.threads,
+        "max_batch_size": version.max_batch_size,
         "golden_examples": version.golden_examples,
         "metrics": dict(version.metrics),
         "signatures": {
@@ -120,6 +123,7 @@ def _columns() -> list[Column]:
         Column("state"),
         Column("aliases", wraps=True),
         Column("engine", rank=3),
+        Column("batches", rank=5),
         Column("golden", rank=4),
         Column("since", rank=1),
         Column("metrics", rank=2),
@@ -134,6 +138,7 @@ def _row(model: ModelInfo, version: VersionInfo) -> list[str]:
         version.state.value,
         ", ".join(name for name, number in model.aliases.items() if number == version.version),
         version.engine,
+        f"{version.instances} of {version.max_batch_size} rows" if version.instances else "",
         str(version.golden_examples or ""),
         f"{version.since:%Y-%m-%d %H:%M:%S}" if version.since else "",
         ", ".join(f"{name} {value:.4g}" for name, value in metrics),

@@ -89,6 +89,12 @@ class VersionInfo:
     """The engine that runs it; empty until it is loaded."""
     engines: tuple[EngineAttempt, ...] = ()
     """Every engine that was tried, the one that runs it among them."""
+    instances: int = 0
+    """How many of its batches run at once; 0 until it is loaded, or if the server does not say."""
+    threads: int = 0
+    """How many threads each of them has; likewise."""
+    max_batch_size: int = 0
+    """The most rows that run together; likewise."""
     golden_examples: int
     """How many golden examples it reproduced on the server's machine."""
     signatures: Mapping[str, SignatureInfo]
@@ -150,6 +156,9 @@ def _version_info(message: model_pb2.ModelVersion) -> VersionInfo:
         since=message.since.ToDatetime(UTC) if message.HasField("since") else None,
         engine=message.engine,
         engines=tuple(map(_engine_attempt, message.engines)),
+        instances=message.instances,
+        threads=message.threads,
+        max_batch_size=message.max_batch_size,
         golden_examples=message.golden_examples,
         signatures=MappingProxyType({s.name: _signature_info(s) for s in message.signatures}),
         metrics=MappingProxyType(dict(sorted(message.metrics.items()))),

@@ -33,7 +33,10 @@ def serve(
     ] = DEFAULT_ADDRESS,
     grace: Annotated[float, typer.Option(help="Seconds that accepted calls may take after SIGTERM.")] = 10.0,
     lame_duck: Annotated[float, typer.Option(help="Seconds in which new calls are still taken after SIGTERM.")] = 0.3,
-    max_batch_size: Annotated[int, typer.Option(help="The most rows that run together.")] = 128,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(help="The most rows that run together.", show_default="what suits the model, at most 128"),
+    ] = None,
     max_enqueued_rows: Annotated[int, typer.Option(help="The most rows that wait for a version.")] = 8192,
     max_message_mib: Annotated[int, typer.Option(help="The largest message, in MiB.")] = 64,
     engine: Annotated[
@@ -114,7 +117,11 @@ def serve(
         allow_control=allow_control,
         grace_s=grace,
         lame_duck_s=lame_duck,
-        batch=options.BatchLimits(max_batch_size=max_batch_size, max_enqueued_rows=max_enqueued_rows),
+        batch=options.BatchLimits(
+            max_batch_size=128 if max_batch_size is None else max_batch_size,
+            adaptive=max_batch_size is None,
+            max_enqueued_rows=max_enqueued_rows,
+        ),
         engine=options.EngineLimits(load_timeout_s=load_timeout, run_timeout_s=run_timeout),
         engines=options.engine_rules(engine or [], precision or [], instances or [], threads or []),
         rollout=options.RolloutOptions(poll_interval_s=poll_interval, pinned_stream_limit_s=pinned_stream_limit),

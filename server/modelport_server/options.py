@@ -49,6 +49,8 @@ class BatchLimits:
 
     max_batch_size: int = 128
     """The most rows that run together; larger calls are split. Default 128."""
+    adaptive: bool = False
+    """Whether fewer rows run together where warming up shows that more are not faster. Default off."""
     max_batch_bytes: int = 16 * MIB
     """The most input bytes that run together, if a row is not larger by itself. Default 16 MiB."""
     max_enqueued_rows: int = 8192

@@ -95,6 +95,8 @@ class Servable:
         self.engine_name = ""
         self.attempts: tuple[Attempt, ...] = ()
         self.parallelism = Parallelism()
+        self.batch_size = limits.max_batch_size
+        """The most rows that run together."""
         self.golden_examples = 0
         self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
@@ -182,6 +184,9 @@ class Servable:
         self._engine = chosen.process
         self.attempts = self.attempts or chosen.attempts
         self.parallelism = chosen.loaded.parallelism
+        if self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
+            self.batch_size = chosen.loaded.best_size
+            self._batcher.limit_batches(self.batch_size)
         self._candidates, self._golden = ((chosen.candidate,),), ()
         return chosen.loaded
 

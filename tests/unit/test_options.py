@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modelport_server.engines import kinds
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.options import (
     BatchLimits,
     EngineLimits,
@@ -92,11 +93,15 @@ def test_memory_is_limited_to_a_part_of_the_machines() -> None:
 
 
 def test_what_models_run_on() -> None:
-    rules = engine_rules(["openvino", "digits=tensorflow"], ["digits=bfloat16", "words=float16"])
+    rules = engine_rules(
+        ["openvino", "digits=tensorflow"], ["digits=bfloat16", "words=float16"], ["4", "digits=0"], ["words=2"]
+    )
     options = ServerOptions(registry=Path("registry"), engines=rules)
     assert options.engine_rules("digits") == EngineRules(engine="tensorflow", precision="bfloat16")
-    assert options.engine_rules("words") == EngineRules(engine="openvino", precision="float16")
-    assert options.engine_rules("others") == EngineRules(engine="openvino")
+    assert options.engine_rules("words") == EngineRules(engine="openvino", precision="float16", instances=4, threads=2)
+    assert options.engine_rules("others") == EngineRules(engine="openvino", instances=4)
+    assert options.engine_rules("digits").parallelism is None
+    assert options.engine_rules("words").parallelism == Parallelism(4, 2)
     assert ServerOptions(registry=Path("registry")).engine_rules("any") == EngineRules(engine="auto")
 
 
@@ -115,6 +120,22 @@ def test_what_models_cant_run_on(engines: list[str], precisions: list[str], text
     with pytest.raises(OptionError, match=text) as caught:
         engine_rules(engines, precisions)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("instances", "threads", "text"),
+    [
+        (["two"], [], "--instances takes a whole number, not 'two'"),
+        (["-1"], [], "--instances takes a whole number"),
+        (["65"], [], "instances must be 0 to 64"),
+        (["digits="], [], "MODEL=VALUE"),
+        ([], ["digits=1.5"], "--threads takes a whole number, not '1.5'"),
+        ([], ["1", "2"], "--threads is given twice for all models"),
+    ],
+)
+def test_how_many_batches_cant_run_at_once(instances: list[str], threads: list[str], text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        engine_rules([], [], instances, threads)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from modelport_registry import Golden, SignatureSpec, TensorSpec
 from modelport_server.engines.protocol import Array, EngineError
-from modelport_server.engines.warming import Request, TimedEngine, WarmedUp, WarmUp, WarmUpError, sizes
+from modelport_server.engines.warming import Request, TimedEngine, WarmedUp, WarmUp, WarmUpError, knee, sizes
 
 X = np.arange(8, dtype=np.float32)
 GOLDEN = Golden("serving_default", {"x": X}, {"y": X})
@@ -197,3 +197,17 @@ def test_a_model_that_is_merely_slow_is_in_time() -> None:
     assert done.left_cold | done.batch_sizes == {1, 2, 4, 8, 16, 24}
     assert max(done.batch_sizes) < min(done.left_cold)
     assert done.figures()["left_cold"] == sorted(done.left_cold)
+
+
+@pytest.mark.parametrize(
+    ("spent_ms", "expected"),
+    [
+        ({1: 0.4, 8: 2.0, 16: 3.0, 32: 5.8, 64: 12.0, 128: 24.0}, 32),  # 5,500 rows/s from 32 on
+        ({1: 0.4, 8: 2.0, 16: 3.0, 32: 5.0, 64: 8.0, 128: 12.0}, 128),
+        ({1: 0.01, 64: 0.2, 128: 0.4}, 128),  # as fast from 64 on, but over in no time
+        ({1: 40.0, 2: 80.0, 4: 161.0}, 1),
+        ({1: 3.0}, 1),
+    ],
+)
+def test_batches_need_no_more_rows_than_make_them_fast(spent_ms: dict[int, float], expected: int) -> None:
+    assert knee({size: ms / 1e3 for size, ms in spent_ms.items()}) == expected

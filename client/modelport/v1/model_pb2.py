@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from modelport.v1 import tensor_pb2 as modelport_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18modelport/v1/model.proto\x12\x0cmodelport.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19modelport/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.modelport.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelport.v1.Model\"#\n\x12WatchModelsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"J\n\x13WatchModelsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelport.v1.Model\x12\x0f\n\x07removed\x18\x02 \x01(\x08\"\xbf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fserving_version\x18\x02 \x01(\x04\x12\x31\n\x07\x61liases\x18\x03 \x03(\x0b\x32 .modelport.v1.Model.AliasesEntry\x12,\n\x08versions\x18\x04 \x03(\x0b\x32\x1a.modelport.v1.ModelVersion\x1a.\n\x0c\x41liasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xbb\x04\n\x0cModelVersion\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .modelport.v1.ModelVersion.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x17\n\x0fgolden_examples\x18\x06 \x01(\r\x12+\n\nsignatures\x18\x07 \x03(\x0b\x32\x17.modelport.v1.Signature\x12\x38\n\x07metrics\x18\x08 \x03(\x0b\x32\'.modelport.v1.ModelVersion.MetricsEntry\x12,\n\x07\x65ngines\x18\t \x03(\x0b\x32\x1b.modelport.v1.EngineAttempt\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xbf\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_DISCOVERED\x10\x01\x12\x13\n\x0fSTATE_VERIFYING\x10\x02\x12\x11\n\rSTATE_LOADING\x10\x03\x12\x11\n\rSTATE_WARMING\x10\x04\x12\x13\n\x0fSTATE_AVAILABLE\x10\x05\x12\x12\n\x0eSTATE_DRAINING\x10\x06\x12\x11\n\rSTATE_RETIRED\x10\x07\x12\x12\n\x0eSTATE_REJECTED\x10\x08\"\x95\x01\n\rEngineAttempt\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x36\n\x06row_ms\x18\x03 \x03(\x0b\x32&.modelport.v1.EngineAttempt.RowMsEntry\x1a,\n\nRowMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x7f\n\tSignature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.modelport.v1.TensorSpec\x12)\n\x07outputs\x18\x03 \x03(\x0b\x32\x18.modelport.v1.TensorSpec\x12\x0f\n\x07\x62\x61tched\x18\x04 \x01(\x08\"f\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.modelport.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x14\n\x0cunknown_rank\x18\x04 \x01(\x08\x32\x80\x02\n\x0cModelService\x12O\n\nListModels\x12\x1f.modelport.v1.ListModelsRequest\x1a .modelport.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.modelport.v1.GetModelRequest\x1a\x1e.modelport.v1.GetModelResponse\x12T\n\x0bWatchModels\x12 .modelport.v1.WatchModelsRequest\x1a!.modelport.v1.WatchModelsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18modelport/v1/model.proto\x12\x0cmodelport.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19modelport/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.modelport.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelport.v1.Model\"#\n\x12WatchModelsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"J\n\x13WatchModelsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.modelport.v1.Model\x12\x0f\n\x07removed\x18\x02 \x01(\x08\"\xbf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fserving_version\x18\x02 \x01(\x04\x12\x31\n\x07\x61liases\x18\x03 \x03(\x0b\x32 .modelport.v1.Model.AliasesEntry\x12,\n\x08versions\x18\x04 \x03(\x0b\x32\x1a.modelport.v1.ModelVersion\x1a.\n\x0c\x41liasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xf7\x04\n\x0cModelVersion\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .modelport.v1.ModelVersion.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x17\n\x0fgolden_examples\x18\x06 \x01(\r\x12+\n\nsignatures\x18\x07 \x03(\x0b\x32\x17.modelport.v1.Signature\x12\x38\n\x07metrics\x18\x08 \x03(\x0b\x32\'.modelport.v1.ModelVersion.MetricsEntry\x12,\n\x07\x65ngines\x18\t \x03(\x0b\x32\x1b.modelport.v1.EngineAttempt\x12\x11\n\tinstances\x18\n \x01(\r\x12\x0f\n\x07threads\x18\x0b \x01(\r\x12\x16\n\x0emax_batch_size\x18\x0c \x01(\r\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xbf\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_DISCOVERED\x10\x01\x12\x13\n\x0fSTATE_VERIFYING\x10\x02\x12\x11\n\rSTATE_LOADING\x10\x03\x12\x11\n\rSTATE_WARMING\x10\x04\x12\x13\n\x0fSTATE_AVAILABLE\x10\x05\x12\x12\n\x0eSTATE_DRAINING\x10\x06\x12\x11\n\rSTATE_RETIRED\x10\x07\x12\x12\n\x0eSTATE_REJECTED\x10\x08\"\x95\x01\n\rEngineAttempt\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x36\n\x06row_ms\x18\x03 \x03(\x0b\x32&.modelport.v1.EngineAttempt.RowMsEntry\x1a,\n\nRowMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x7f\n\tSignature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.modelport.v1.TensorSpec\x12)\n\x07outputs\x18\x03 \x03(\x0b\x32\x18.modelport.v1.TensorSpec\x12\x0f\n\x07\x62\x61tched\x18\x04 \x01(\x08\"f\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.modelport.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x14\n\x0cunknown_rank\x18\x04 \x01(\x08\x32\x80\x02\n\x0cModelService\x12O\n\nListModels\x12\x1f.modelport.v1.ListModelsRequest\x1a .modelport.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.modelport.v1.GetModelRequest\x1a\x1e.modelport.v1.GetModelResponse\x12T\n\x0bWatchModels\x12 .modelport.v1.WatchModelsRequest\x1a!.modelport.v1.WatchModelsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,19 +56,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_ALIASESENTRY']._serialized_start=531
   _globals['_MODEL_ALIASESENTRY']._serialized_end=577
   _globals['_MODELVERSION']._serialized_start=580
-  _globals['_MODELVERSION']._serialized_end=1151
-  _globals['_MODELVERSION_METRICSENTRY']._serialized_start=911
-  _globals['_MODELVERSION_METRICSENTRY']._serialized_end=957
-  _globals['_MODELVERSION_STATE']._serialized_start=960
-  _globals['_MODELVERSION_STATE']._serialized_end=1151
-  _globals['_ENGINEATTEMPT']._serialized_start=1154
-  _globals['_ENGINEATTEMPT']._serialized_end=1303
-  _globals['_ENGINEATTEMPT_ROWMSENTRY']._serialized_start=1259
-  _globals['_ENGINEATTEMPT_ROWMSENTRY']._serialized_end=1303
-  _globals['_SIGNATURE']._serialized_start=1305
-  _globals['_SIGNATURE']._serialized_end=1432
-  _globals['_TENSORSPEC']._serialized_start=1434
-  _globals['_TENSORSPEC']._serialized_end=1536
-  _globals['_MODELSERVICE']._serialized_start=1539
-  _globals['_MODELSERVICE']._serialized_end=1795
+  _globals['_MODELVERSION']._serialized_end=1211
+  _globals['_MODELVERSION_METRICSENTRY']._serialized_start=971
+  _globals['_MODELVERSION_METRICSENTRY']._serialized_end=1017
+  _globals['_MODELVERSION_STATE']._serialized_start=1020
+  _globals['_MODELVERSION_STATE']._serialized_end=1211
+  _globals['_ENGINEATTEMPT']._serialized_start=1214
+  _globals['_ENGINEATTEMPT']._serialized_end=1363
+  _globals['_ENGINEATTEMPT_ROWMSENTRY']._serialized_start=1319
+  _globals['_ENGINEATTEMPT_ROWMSENTRY']._serialized_end=1363
+  _globals['_SIGNATURE']._serialized_start=1365
+  _globals['_SIGNATURE']._serialized_end=1492
+  _globals['_TENSORSPEC']._serialized_start=1494
+  _globals['_TENSORSPEC']._serialized_end=1596
+  _globals['_MODELSERVICE']._serialized_start=1599
+  _globals['_MODELSERVICE']._serialized_end=1855
 # @@protoc_insertion_point(module_scope)

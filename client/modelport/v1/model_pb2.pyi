@@ -235,6 +235,9 @@ class ModelVersion(google.protobuf.message.Message):
     SIGNATURES_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     ENGINES_FIELD_NUMBER: builtins.int
+    INSTANCES_FIELD_NUMBER: builtins.int
+    THREADS_FIELD_NUMBER: builtins.int
+    MAX_BATCH_SIZE_FIELD_NUMBER: builtins.int
     version: builtins.int
     state: global___ModelVersion.State.ValueType
     reason: builtins.str
@@ -247,6 +250,12 @@ class ModelVersion(google.protobuf.message.Message):
     """How many golden examples it reproduced on this machine before it was
     available.
     """
+    instances: builtins.int
+    """How many of its batches run at once, 0 until it is loaded."""
+    threads: builtins.int
+    """How many threads each of them has."""
+    max_batch_size: builtins.int
+    """The most rows that run together."""
     @property
     def since(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it got into its state."""
@@ -273,9 +282,12 @@ class ModelVersion(google.protobuf.message.Message):
         signatures: collections.abc.Iterable[global___Signature] | None = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         engines: collections.abc.Iterable[global___EngineAttempt] | None = ...,
+        instances: builtins.int = ...,
+        threads: builtins.int = ...,
+        max_batch_size: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["since", b"since"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "engines", b"engines", "golden_examples", b"golden_examples", "metrics", b"metrics", "reason", b"reason", "signatures", b"signatures", "since", b"since", "state", b"state", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "engines", b"engines", "golden_examples", b"golden_examples", "instances", b"instances", "max_batch_size", b"max_batch_size", "metrics", b"metrics", "reason", b"reason", "signatures", b"signatures", "since", b"since", "state", b"state", "threads", b"threads", "version", b"version"]) -> None: ...
 
 global___ModelVersion = ModelVersion
 

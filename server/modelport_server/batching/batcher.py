@@ -7,6 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from time import monotonic
 
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, BatchRunner, Call, Key, Part
@@ -115,6 +116,10 @@ class Batcher:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._room.append(waiter)
             await waiter
+
+    def limit_batches(self, rows: int) -> None:
+        """Lets no more rows than ``rows`` run together from now on."""
+        self._limits = replace(self._limits, max_batch_size=rows)
 
     def pause(self) -> None:
         """Stops making batches until ``resume``: calls wait, within the queue's bounds."""

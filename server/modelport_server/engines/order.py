@@ -94,3 +94,5 @@ class Loaded:
     """What each gate found, in order."""
     parallelism: Parallelism = ALONE
     """How many batches it runs at once."""
+    best_size: int = 0
+    """The fewest rows with which batches are as fast as with any number, in rows per second; 0 if none ran."""

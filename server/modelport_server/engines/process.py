@@ -266,7 +266,16 @@ class EngineProcess:
                 ready.set_exception(RejectedError(self._gate, message["reason"], tuple(self._results)))
         elif op == "ready":
             golden, dependent = message["golden"], tuple(message["dependent"])
-            ready.set_result(Loaded(message["engine"], golden, dependent, tuple(self._results), self._parallelism))
+            ready.set_result(
+                Loaded(
+                    message["engine"],
+                    golden,
+                    dependent,
+                    tuple(self._results),
+                    self._parallelism,
+                    message["best_size"],
+                )
+            )
             if self._cores is not None:
                 self._cores.serve(self.pid, self._times)
         elif op == "unreadable":

@@ -25,6 +25,10 @@ _SHAPES_S = 2.0
 """How long the sizes between may take to run once, in seconds, for each kind of inputs of an engine that compiles
 something for each size."""
 
+_AS_FAST = 0.95
+_WORTH_A_BATCH_S = 0.002
+"""Shorter batches are not the best, however fast they are: each takes the front some 0.1 ms."""
+
 Inputs = Mapping[str, Array]
 Request = tuple[str, Inputs]
 """A signature and what it is called with."""
@@ -85,6 +89,16 @@ class WarmedUp:
     """The sizes of batches, in rows, that were run."""
     left_cold: set[int] = field(default_factory=set[int])
     """The sizes for which the time did not suffice."""
+    spent_s: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
+    """The shortest time that a batch took, in seconds, by signature and size."""
+
+    @property
+    def best_size(self) -> int:
+        """The fewest rows with which batches are as fast as with any number, in rows per second; 0 if none ran.
+
+        Of several signatures or kinds of inputs, the most that any of them takes.
+        """
+        return max(map(knee, self.spent_s.values()), default=0)
 
     def figures(self) -> dict[str, JSON]:
         """Returns it for people."""
@@ -165,6 +179,8 @@ class WarmUp:
             if size:
                 row_s = spent_s / size
                 self.done.batch_sizes.add(size)
+                times = self.done.spent_s.setdefault(signature, {})
+                times[size] = max(spent_s, times.get(size, 0.0))
         if batched and self.compiles_sizes:
             self._sizes_between(signature, inputs, row_s, min(end_by, self.clock() + _SHAPES_S))
 
@@ -201,6 +217,18 @@ class WarmUp:
         self.engine.run(signature, inputs)
         self.done.runs += 1
         return self.clock() - started
+
+
+def knee(spent_s: Mapping[int, float]) -> int:
+    """Returns the fewest rows of a batch that are as many in a second as those of the fastest.
+
+    Args:
+        spent_s: how long a batch takes, in seconds, by its number of rows.
+    """
+    rates = {size: size / max(seconds, 1e-9) for size, seconds in spent_s.items()}
+    best = max(rates.values())
+    enough = [size for size, rate in rates.items() if rate >= _AS_FAST * best and spent_s[size] >= _WORTH_A_BATCH_S]
+    return min(enough, default=max(rates))
 
 
 def sizes(largest: int) -> list[int]:

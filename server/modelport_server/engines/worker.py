@@ -176,7 +176,7 @@ class _Loading:
             golden = self._priority.run(lambda: self._check_golden(engine, batched, verified, figures))
         independent = [name for name in batched if name not in verified.dependent]
         with self._gate(gates.WARM_UP) as figures:
-            self._priority.run(lambda: self._warm_up(engine, manifest, golden, independent, figures))
+            best_size = self._priority.run(lambda: self._warm_up(engine, manifest, golden, independent, figures))
         self._priority.restore()
         self._send(
             {
@@ -184,6 +184,7 @@ class _Loading:
                 "engine": engine.name,
                 "golden": verified.examples,
                 "dependent": verified.dependent,
+                "best_size": best_size,
             }
         )
         return engine.engine
@@ -286,7 +287,7 @@ class _Loading:
         golden: Sequence[Golden],
         batched: Sequence[str],
         figures: Figures,
-    ) -> None:
+    ) -> int:
         with Instances(self._parallelism.instances) as instances:
             warm_up = WarmUp(
                 engine=OnAllInstances(engine, instances),
@@ -302,6 +303,7 @@ class _Loading:
                 raise _RejectedError(str(error)) from error
             finally:
                 figures |= warm_up.done.figures() | engine.figures()
+        return warm_up.done.best_size
 
     def _requests(self) -> Sequence[Request]:
         from modelport_server.gates.warmup_requests import WARMUP_REQUESTS, WarmUpRequestsError, read_warmup_requests

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from time import monotonic
@@ -454,10 +454,14 @@ class ModelRollout:
         rules = self._options.engine_rules(self._name)
         groups = candidates(rules.engines, rules.precision)
         golden = await asyncio.to_thread(self._registry.golden, self._name, number)
+        stable = self._stable_beside(number)
+        batch = self._options.batch
+        if batch.adaptive and stable is not None and stable.servable is not None:
+            batch = replace(batch, max_batch_size=stable.servable.batch_size)
         return Servable(
             self._order(number),
             manifest,
-            self._options.batch,
+            batch,
             self._options.engine,
             on_state=lambda state: self._on_engine_state(tracked, state),
             on_rejected=lambda gate, reason: self._spawn(self._lose(tracked, gate, reason)),

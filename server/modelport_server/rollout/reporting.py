@@ -85,6 +85,8 @@ def _version_status(tracked: Tracked) -> VersionStatus:
         since=tracked.since,
         engine=servable.engine_name if servable is not None else "",
         engines=servable.attempts if servable is not None else (),
+        parallelism=servable.parallelism if servable is not None and servable.engine_name else None,
+        max_batch_size=servable.batch_size if servable is not None and servable.engine_name else 0,
         golden_examples=servable.golden_examples if servable is not None else 0,
         signatures=signatures,
         metrics=dict(manifest.metrics) if manifest is not None else {},

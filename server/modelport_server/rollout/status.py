@@ -9,6 +9,7 @@ from datetime import datetime
 
 from modelport_registry import JSON, SignatureSpec
 from modelport_server.engines.choice import Attempt
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.gates.result import GateResult
 from modelport_server.rollout.lifecycle import State
 
@@ -32,6 +33,10 @@ class VersionStatus:
     engine: str = ""
     engines: tuple[Attempt, ...] = ()
     """How each engine did that was tried."""
+    parallelism: Parallelism | None = None
+    """How many of its batches run at once; None until it is loaded."""
+    max_batch_size: int = 0
+    """The most rows that run together; 0 until it is loaded."""
     golden_examples: int = 0
     signatures: tuple[SignatureStatus, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
