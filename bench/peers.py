@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -35,6 +36,8 @@ from modelport.tensors import encode
 from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Registry
 
+_OPEN_LOAD = 0.8
+"""The part of the lesser peak rate at which messages come in the open loop."""
 MODEL = "classic"
 ENGINES = ("openvino-bfloat16", "openvino", "tensorflow")
 MODELPORT, PYTRITON, MLSERVER = "modelport", "pytriton", "mlserver"
@@ -97,8 +100,14 @@ class Bench:
     loadgen: Path
     options: argparse.Namespace
 
-    def measure(self, server: Server, case: Case) -> dict[str, Any]:
-        """Puts one load on a server; returns what ``loadgen`` says, with the cores that it needed itself."""
+    def measure(self, server: Server, case: Case, *, rate: float = 0.0) -> dict[str, Any]:
+        """Puts one load on a server; returns what ``loadgen`` says, with the cores that it needed itself.
+
+        Args:
+            server: it.
+            case: the load.
+            rate: messages per second of an open loop; 0 for a closed one.
+        """
         kind = "stream" if case.window else "unary"
         if kind == "unary":
             kind_arguments = [server.unary, case.rows, "u", "unary", 0]
@@ -106,7 +115,8 @@ class Bench:
             kind_arguments = [server.stream, case.rows, "s", "stream", case.window]
         method, rows, suffix, mode, window = kind_arguments
         payload = self.folder / f"{server.payload}-{suffix}-{rows}"
-        command = [self.loadgen, server.target, method, payload, self.options.seconds, case.concurrency, mode, window]
+        load = [self.options.seconds, case.concurrency, mode, window, 1, rate]
+        command = [self.loadgen, server.target, method, payload, *load]
         before = os.times()
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         after = os.times()
@@ -183,19 +193,21 @@ def process(
         child.wait()
 
 
+def answers_a_call(command: Sequence[str]) -> bool:
+    """Whether ``loadgen``, told so to call a server, gets an answer."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and json.loads(done.stdout)["ok"] > 0
+
+
 def answers(bench: Bench, server: Server, child: subprocess.Popen[bytes], log: Path) -> Server:
     """Returns a server once it answers."""
-
-    def tried() -> bool:
-        command = [bench.loadgen, server.target, server.unary, bench.folder / f"{server.payload}-u-1", 0.2, 1, "unary"]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-        return done.returncode == 0 and json.loads(done.stdout)["ok"] > 0
+    command = [bench.loadgen, server.target, server.unary, bench.folder / f"{server.payload}-u-1", 0.2, 1, "unary"]
 
     def alive() -> None:
         if child.poll() is not None:
             sys.exit(f"error: {server.name} ended: {log.read_text()[-2000:]}")
 
-    wait_for(tried, f"{server.name} to answer", alive, START_S)
+    wait_for(lambda: answers_a_call([*map(str, command)]), f"{server.name} to answer", alive, START_S)
     return server
 
 
@@ -204,7 +216,7 @@ def ours(bench: Bench, engine: str) -> Generator[Server]:
     """Serves with modelport."""
     folder = Path(tempfile.mkdtemp(prefix="modelport-", dir=bench.folder))
     kind, _, precision = engine.partition("-")
-    arguments = ["--engine", kind, "--precision", precision or "float32", "--max-batch-size", str(LARGEST)]
+    arguments = ["--engine", kind, "--precision", precision or "float32"]
     port, log = folder / "port", folder / "log"
     command = modelport(
         "serve", "--registry", bench.folder / "registry", "--address", "127.0.0.1:0", "--port-file", port
@@ -282,13 +294,18 @@ def _peers(options: argparse.Namespace) -> list[str]:
 
 
 def limits(bench: Bench, engine: str) -> dict[str, float]:
-    """Returns an engine's own rates, in rows per second, by the size of a batch."""
-    command = [sys.executable, "-m", "bench.in_process", engine, bench.model, bench.options.seconds * 2]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=_ROOT)
-    if done.returncode:
-        sys.exit(f"error: {engine} can't be measured: {done.stderr[-1000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    """Returns an engine's own rates, in rows per second, by how many batches run at once and the size of a batch."""
+    cores = len(os.sched_getaffinity(0))
+    rates: dict[str, float] = {}
+    for instances, threads in {(1, cores), (cores, 1)}:
+        arguments = [engine, bench.model, bench.options.seconds, instances, threads]
+        command = [sys.executable, "-m", "bench.in_process", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+        if done.returncode:
+            sys.exit(f"error: {engine} can't be measured: {done.stderr[-1000:]}")
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        rates |= {f"{instances} of {rows} rows": rate for rows, rate in found.items()}
+    return rates
 
 
 def run(bench: Bench) -> list[dict[str, Any]]:
@@ -302,20 +319,35 @@ def run(bench: Bench) -> list[dict[str, Any]]:
                 servers.append(stack.enter_context(SERVERS[name](bench, engine)))
             for number in range(bench.options.rounds):
                 say(f"{engine}: round {number + 1} of {bench.options.rounds}")
-                rows.append({"engine": engine, "round": number, "server": "", "rates": limits(bench, engine)})
+                rows.append({"engine": engine, "round": number, "rates": limits(bench, engine)})
                 for case in CASES:
-                    for server in servers:
-                        if case.window and server.name == MLSERVER:
-                            continue  # it refuses streams while it batches
+                    # MLServer refuses streams while it batches.
+                    able = [server for server in servers if not (case.window and server.name == MLSERVER)]
+                    about = {"engine": engine, "round": number, "case": case.name}
+                    rates: dict[str, float] = {}
+                    for server in able:
                         result = bench.measure(server, case)
-                        rows.append(
-                            {"engine": engine, "round": number, "server": server.name, "case": case.name} | result
-                        )
+                        rates[server.name] = result["per_s"]
+                        rows.append(about | {"server": server.name} | result)
+                    rows += [about | row for row in _at_a_set_rate(bench, case, able, rates)]
     return rows
 
 
-def _of(rows: Sequence[dict[str, Any]], engine: str, server: str, case: str) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["engine"], row["server"], row.get("case")) == (engine, server, case)]
+def _at_a_set_rate(
+    bench: Bench, case: Case, servers: Sequence[Server], rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Measures the first two servers while messages come at a rate that both can take."""
+    both = servers[:2]
+    if case.concurrency == 1 or len(both) < 2:
+        return []
+    rate = _OPEN_LOAD * min(rates[server.name] for server in both)
+    return [{"open": server.name} | bench.measure(server, case, rate=rate) for server in both]
+
+
+def _of(
+    rows: Sequence[dict[str, Any]], engine: str, server: str, case: str, loop: str = "server"
+) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["engine"], row.get(loop), row.get("case")) == (engine, server, case)]
 
 
 def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -338,12 +370,32 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
                 cells.append(figures.spread(ratios))
             table.add_row(case.name + (", p50 in ms" if alone else ""), *cells)
         Console(width=160).print(table)
+        report_latency(rows, engine, options)
         report_limit(rows, engine, options)
+
+
+def report_latency(rows: Sequence[dict[str, Any]], engine: str, options: argparse.Namespace) -> None:
+    """Prints how long messages took that came at a set rate."""
+    both = options.servers[:2]
+    part = f"{_OPEN_LOAD:.0%} of the lesser peak rate"
+    table = Table(title=f"{engine}: p99 in ms at {part}, an open loop: medians of {options.rounds} rounds")
+    for name in ("", "messages/s", *both, " / ".join(both)):
+        table.add_column(name)
+    for case in CASES:
+        found = {name: _of(rows, engine, name, case.name, "open") for name in both}
+        if not all(found.values()) or len(found) < 2:
+            continue
+        times = [figures.at(found[name], "p99_ms") for name in both]
+        cells = [figures.spread(one, 2) for one in times]
+        ratios = [a / b for a, b in zip(*times, strict=True)]
+        table.add_row(case.name, figures.spread(figures.at(found[both[0]], "per_s"), 0), *cells, figures.spread(ratios))
+    if table.row_count:
+        Console(width=160).print(table)
 
 
 def report_limit(rows: Sequence[dict[str, Any]], engine: str, options: argparse.Namespace) -> None:
     """Prints how much of the engine's own best rate comes through streams."""
-    best = [max(row["rates"].values()) for row in rows if row["engine"] == engine and not row["server"]]
+    best = [max(row["rates"].values()) for row in rows if row["engine"] == engine and "rates" in row]
     streamed = _of(rows, engine, options.servers[0], CASES[-1].name)
     parts = [row["rows_per_s"] / limit for row, limit in zip(streamed, best, strict=True)]
     print(
@@ -371,6 +423,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
+    if missing := [name for name in _WITH_ENGINES if importlib.util.find_spec(name) is None]:
+        sys.exit(f"error: {' and '.join(missing)} is not installed: run make setup")
     environments = options.environments.resolve()
     environments.mkdir(parents=True, exist_ok=True)
     loadgen = build_loadgen(environments)

@@ -14,13 +14,14 @@ from typing import Any
 import grpc
 import numpy as np
 import psutil
+import pytest
 
 from modelport.v1 import model_pb2, model_pb2_grpc
 from modelport_registry import Golden, Published, Registry
 from tests.conftest import versioned_golden
 from tests.support.bad_versions import bad_golden
 from tests.support.rollouts import AT_ONCE
-from tests.support.rpc import Stream, call, canary, engines, has_ended, open_channel, request, start
+from tests.support.rpc import Outcome, Stream, call, canary, engines, has_ended, open_channel, request, start
 from tests.support.server import ServerProcess, run_server, wait_for
 
 OK = grpc.StatusCode.OK
@@ -67,28 +68,33 @@ def _answers(server: ServerProcess, model: str, tag: int) -> None:
         wait_for(answered, f"{model} to answer with {tag}", server.alive)
 
 
-def test_an_engine_that_is_killed_is_started_again(tmp_path: Path, publish_tag: Publish) -> None:
+@pytest.mark.parametrize("instances", [1, 2])
+def test_an_engine_that_is_killed_is_started_again(tmp_path: Path, publish_tag: Publish, instances: int) -> None:
     root = tmp_path / "registry"
     publish_tag(root, "toy", 1)
     publish_tag(root, "toy", 2)
-    with _serving(tmp_path) as server, open_channel(server.address) as channel:
+    with _serving(tmp_path, "--instances", f"{instances}") as server, open_channel(server.address) as channel:
         engine = _one_engine(server)
         engine.suspend()
-        waits = [start(channel, request("toy", {"x": X})) for _ in range(4)]
-        with Stream(channel) as stream:
-            stream.send(request("toy", {"x": X}, sequence=1), follow=True)
+
+        def queued() -> None:
             # answered after the others have been queued, because it is on their connection
             assert call(channel, request("toy", {})).code is grpc.StatusCode.INVALID_ARGUMENT
+
+        waits: list[Callable[[], Outcome]] = []
+        for _ in range(instances):
+            waits.append(start(channel, request("toy", {"x": X})))
+            queued()
+        waits += [start(channel, request("toy", {"x": X})) for _ in range(4)]
+        with Stream(channel) as stream:
+            stream.send(request("toy", {"x": X}, sequence=1), follow=True)
+            queued()
             engine.kill()
             outcomes = [wait() for wait in waits]
-            answer = stream.next()
-            # Whichever came first was in the engine; the others waited for the next one.
-            texts = [outcome.message for outcome in outcomes if outcome.code is UNAVAILABLE]
-            texts += [answer.error.message] if answer.error.code == UNAVAILABLE.value[0] else []
-            assert len(texts) == 1
-            assert "died" in texts[0]
-            assert {outcome.code for outcome in outcomes} <= {OK, UNAVAILABLE}
-            assert answer.response.version in (0, 2)
+            # Those that came first were in the engine; the others waited for the next one.
+            assert [outcome.code for outcome in outcomes] == [UNAVAILABLE] * instances + [OK] * 4
+            assert all("died" in outcome.message for outcome in outcomes[:instances])
+            assert stream.next().response.version == 2
         again = _one_engine(server, other_than=engine.pid)
         assert server.version("toy", 2).state == model_pb2.ModelVersion.STATE_AVAILABLE
         again.kill()
