@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from modelport import _health, _inputs, _results, _signatures, _status
+from modelport import _health, _inputs, _joining, _results, _signatures, _status
 from modelport._bulk import Batch, BulkCall, Call
 from modelport._channel import channel_target, checked_addresses, open_channel
 from modelport._conversation import Conversation
@@ -47,6 +47,7 @@ T = TypeVar("T")
 OnError = Literal["raise", "return"]
 
 _HEALTH_INTERVAL_S = 0.05
+_FROM_MANY = prediction_pb2.PredictManyResponse.FromString
 _WHOLE_CALLS = 3
 """How often a call sent in parts is begun, should its version be retired under way."""
 
@@ -67,6 +68,7 @@ class _Connection:
     models: ModelServiceAsyncStub
     rollouts: RolloutServiceAsyncStub
     health: _Method[bytes, bytes]
+    many: _joining.Method
 
 
 class AsyncClient:
@@ -108,6 +110,8 @@ class AsyncClient:
         )
         self._retrier = Retrier(self._options.retry)
         self._signatures = _signatures.SignatureCache()
+        self._joiner = _joining.Joiner(self._server, max_message_bytes)
+        self._predicts_under_way = 0
         self._connection: _Connection | None = None
         self._is_closed = False
         self._bulk_calls: weakref.WeakSet[BulkCall] = weakref.WeakSet()
@@ -127,6 +131,7 @@ class AsyncClient:
         self._is_closed = True
         for bulk_call in list(self._bulk_calls):
             await bulk_call.aclose()
+        await self._joiner.close()
         if self._connection is not None:
             await self._connection.channel.close(None)
 
@@ -375,9 +380,25 @@ class AsyncClient:
         if not _inputs.fits(message, limit):
             return await self._predict_in_parts(target, arrays, deadline)
         _inputs.address(message, target)
-        response = await self._call((await self._connected()).predictions.Predict, message, deadline)
+        response = await self._answer(message, deadline)
         self._signatures.answered(target, response.version)
         return _results.prediction(response)
+
+    async def _answer(self, message: prediction_pb2.PredictRequest, deadline: float) -> prediction_pb2.PredictResponse:
+        """Makes a call, together with others that wait at the same moment if there are any."""
+        connection = await self._connected()
+        self._predicts_under_way += 1
+        try:
+            if self._predicts_under_way > 1 and self._joiner.takes(message):
+                outcome = await self._joiner.outcome(connection.many, message, deadline)
+                if isinstance(outcome, prediction_pb2.PredictResponse):
+                    self._retrier.budget.succeeded()
+                    return outcome
+                if outcome is not None:
+                    await self._wait_again(outcome, deadline)
+            return await self._call(connection.predictions.Predict, message, deadline)
+        finally:
+            self._predicts_under_way -= 1
 
     async def _predict_in_parts(self, target: Target, arrays: dict[str, Any], deadline: float) -> Prediction:
         signature = await self._signature(target, deadline)
@@ -433,9 +454,7 @@ class AsyncClient:
                 response = await method(request, timeout=max(0.0, deadline - time.monotonic()))
             except grpc.aio.AioRpcError as error:
                 failure = _status.from_aio(error, self._server)
-                wait_s = self._pushed_back_s(failure, attempt)
-                if wait_s is None or time.monotonic() + wait_s >= deadline:
-                    raise failure from error
+                failure.__cause__ = error
             except asyncio.CancelledError as error:
                 if self._is_closed and not _is_cancelling():
                     raise ClientClosedError("the client was closed during the call") from error
@@ -443,9 +462,27 @@ class AsyncClient:
             else:
                 self._retrier.budget.succeeded()
                 return response
-            await asyncio.sleep(wait_s)
-            if self._is_closed:
-                raise ClientClosedError("the client was closed during the call")
+            await self._sleep(self._pushed_back_s(failure, attempt), deadline, failure)
+
+    async def _wait_again(self, failure: RpcError, deadline: float) -> None:
+        """Waits until a joined call that failed may be made by itself, which gRPC then tries again.
+
+        Raises:
+            RpcError: the failure, if it had better not.
+        """
+        if failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            wait_s = self._retrier.wait_s(1, failure.retry_after_s or 0.0)
+        else:
+            wait_s = self._pushed_back_s(failure, 1)
+        await self._sleep(wait_s, deadline, failure)
+
+    async def _sleep(self, wait_s: float | None, deadline: float, failure: RpcError) -> None:
+        """Waits before another attempt; raises the failure of the last one if there shall be none, or it would come too late."""
+        if wait_s is None or time.monotonic() + wait_s >= deadline:
+            raise failure
+        await asyncio.sleep(wait_s)
+        if self._is_closed:
+            raise ClientClosedError("the client was closed during the call")
 
     def _pushed_back_s(self, failure: RpcError, attempt: int) -> float | None:
         if failure.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or failure.retry_after_s is None:
@@ -503,6 +540,7 @@ def _connection(channel: grpc.aio.Channel) -> _Connection:
         cast("ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(channel)),
         cast("RolloutServiceAsyncStub", rollout_pb2_grpc.RolloutServiceStub(channel)),
         cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_health.METHOD)),
+        cast("_joining.Method", cast("Any", channel).unary_stream(_joining.METHOD, None, _FROM_MANY)),
     )
 
 
