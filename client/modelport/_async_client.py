@@ -387,6 +387,7 @@ class AsyncClient:
     async def _answer(self, message: prediction_pb2.PredictRequest, deadline: float) -> prediction_pb2.PredictResponse:
         """Makes a call, together with others that wait at the same moment if there are any."""
         connection = await self._connected()
+        attempts = 0
         self._predicts_under_way += 1
         try:
             if self._predicts_under_way > 1 and self._joiner.takes(message):
@@ -395,8 +396,9 @@ class AsyncClient:
                     self._retrier.budget.succeeded()
                     return outcome
                 if outcome is not None:
+                    attempts = 1
                     await self._wait_again(outcome, deadline)
-            return await self._call(connection.predictions.Predict, message, deadline)
+            return await self._call(connection.predictions.Predict, message, deadline, attempts)
         finally:
             self._predicts_under_way -= 1
 
@@ -445,11 +447,13 @@ class AsyncClient:
         response = await self._call((await self._connected()).models.GetModel, request, deadline)
         return model_info(response.model)
 
-    async def _call(self, method: _Method[RequestT, T], request: RequestT, deadline: float) -> T:
-        """Makes a call; tries it again where the server asks for that. gRPC itself retries the rest."""
-        attempt = 0
+    async def _call(self, method: _Method[RequestT, T], request: RequestT, deadline: float, attempts: int = 0) -> T:
+        """Makes a call; tries it again where the server asks for that. gRPC itself retries the rest.
+
+        ``attempts`` is how many were made already.
+        """
         while True:
-            attempt += 1
+            attempts += 1
             try:
                 response = await method(request, timeout=max(0.0, deadline - time.monotonic()))
             except grpc.aio.AioRpcError as error:
@@ -462,7 +466,7 @@ class AsyncClient:
             else:
                 self._retrier.budget.succeeded()
                 return response
-            await self._sleep(self._pushed_back_s(failure, attempt), deadline, failure)
+            await self._sleep(self._pushed_back_s(failure, attempts), deadline, failure)
 
     async def _wait_again(self, failure: RpcError, deadline: float) -> None:
         """Waits until a joined call that failed may be made by itself, which gRPC then tries again.
@@ -477,7 +481,11 @@ class AsyncClient:
         await self._sleep(wait_s, deadline, failure)
 
     async def _sleep(self, wait_s: float | None, deadline: float, failure: RpcError) -> None:
-        """Waits before another attempt; raises the failure of the last one if there shall be none, or it would come too late."""
+        """Waits before another attempt.
+
+        Raises:
+            RpcError: the failure of the last one, if there shall be none, or it would come too late.
+        """
         if wait_s is None or time.monotonic() + wait_s >= deadline:
             raise failure
         await asyncio.sleep(wait_s)

@@ -1,7 +1,8 @@
 """Joins calls that wait at the same moment into one message.
 
-A message takes several times as long as what a small call itself has to do, on both sides. Calls wait for the end of
-the event loop's present iteration and for nothing else: there is no timer, and a call that finds no others goes by itself.
+A message takes several times as long as what a small call itself has to do, on both sides. Calls wait for the
+end of the event loop's present iteration and for nothing else: there is no timer, and a call that finds no others
+goes by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ _TIMED_OUT = "Deadline Exceeded"
 """What gRPC says itself."""
 
 Outcome = prediction_pb2.PredictResponse | RpcError | None
-"""How a joined call ended: its answer, or an error that may pass or not; None where that says nothing of the call, which is to be made by itself then."""
+"""How a joined call ended: its answer, or an error that may pass or not.
+
+None where that says nothing of the call, which is to be made by itself then.
+"""
 
 
 class Stream(Protocol):

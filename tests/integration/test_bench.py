@@ -96,4 +96,7 @@ def test_peers_without_any(tmp_path: Path) -> None:
 def test_unknown_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates, peers\n"
+    assert (
+        done.stderr
+        == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates, peers, sdk\n"
+    )

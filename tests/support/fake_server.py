@@ -97,7 +97,7 @@ class FakeServer:
     messages: list[int] = field(default_factory=list[int])
     """How many requests each PredictMany had."""
     knows_many: bool = True
-    """Whether it has PredictMany; servers of before have not."""
+    """Whether it has PredictMany; else it says what a server without it says."""
     streams: int = 0
     open_streams: int = 0
     healthy: bool = True
@@ -176,9 +176,8 @@ class FakeServer:
         prediction = {
             "Predict": raw.unary_unary_rpc_method_handler(self._predict),
             "PredictStream": raw.stream_stream_rpc_method_handler(self._predict_stream),
+            "PredictMany": raw.unary_stream_rpc_method_handler(self._predict_many),
         }
-        if self.knows_many:
-            prediction["PredictMany"] = raw.unary_stream_rpc_method_handler(self._predict_many)
         models = {
             "GetModel": raw.unary_unary_rpc_method_handler(self._get_model),
             "ListModels": raw.unary_unary_rpc_method_handler(self._list_models),
@@ -271,6 +270,8 @@ class FakeServer:
     async def _predict_many(self, message: bytes, context: Context) -> AsyncIterator[bytes]:
         many = prediction_pb2.PredictManyRequest.FromString(message)
         self.messages.append(len(many.requests))
+        if not self.knows_many:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         tasks = [asyncio.create_task(self._result(n, joined)) for n, joined in enumerate(many.requests)]
         try:
             for ended in asyncio.as_completed(tasks):
