@@ -354,11 +354,12 @@ class AsyncClient:
             except (InputError, InvalidArgumentError) as error:
                 yield error
 
-    async def _request(self, inputs: Inputs, target: Target, pinned: int | None) -> prediction_pb2.PredictRequest:
+    async def _request(self, inputs: Inputs, target: Target, pinned: int | None) -> prediction_pb2.PredictStreamRequest:
         signature = await self._stream_signature(target, pinned) if _inputs.needs_signature(inputs) else None
-        message = _inputs.request(_inputs.named_arrays(inputs, signature), target)
-        if not _inputs.fits(message, self._options.max_message_bytes):
-            raise _inputs.too_large(message.ByteSize(), self._options.max_message_bytes)
+        message = prediction_pb2.PredictStreamRequest()
+        _inputs.write(message.request, _inputs.named_arrays(inputs, signature), target)
+        if not _inputs.fits(message.request, self._options.max_message_bytes):
+            raise _inputs.too_large(message.request.ByteSize(), self._options.max_message_bytes)
         return message
 
     async def _stream_signature(self, target: Target, pinned: int | None) -> SignatureInfo:
