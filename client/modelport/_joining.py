@@ -117,7 +117,10 @@ class Joiner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _send(self, method: Method) -> None:
+    def _send(self, method: Method, seen: int = 0) -> None:
+        if len(self._waiting) > seen:
+            asyncio.get_running_loop().call_soon(self._send, method, len(self._waiting))
+            return
         entries = [entry for entry in self._waiting if not entry.outcome.done()]
         self._waiting = []
         for group in self._groups(entries):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -26,7 +26,7 @@ from tests.support.fake_server import FakeServer, RefusalError, Request, StreamR
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 FAILING = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
-OnRequest = Callable[[Request], Awaitable[StreamResponse | None]]
+THREADS = 12
 
 
 def x(number: int) -> dict[str, Any]:
@@ -374,20 +374,21 @@ async def test_a_damaged_answer_is_its_callers_own() -> None:
     assert len(answers(outcomes[:2] + outcomes[3:])) == 4
 
 
-async def test_threads_of_one_blocking_client_are_joined() -> None:
+async def test_threads_of_one_blocking_client_share_messages() -> None:
     everybody = asyncio.Event()
 
     async def gather_all(request: Request) -> None:
-        if len(server.requests) >= 12:
+        if len(server.requests) >= THREADS:
             everybody.set()
         await everybody.wait()
 
     async with FakeServer(on_request=gather_all) as server:
-        with Client(server.address) as client:
+        with Client(server.address) as client, ThreadPoolExecutor(THREADS) as pool:
 
             def call(number: int) -> float:
                 return float(client.predict("m", x(number))["y"][0])
 
-            found = await asyncio.gather(*[asyncio.to_thread(call, number) for number in range(12)])
-            assert found == [2 * number for number in range(12)]
-        assert len(server.requests) == 12
+            loop = asyncio.get_running_loop()
+            found = await asyncio.gather(*[loop.run_in_executor(pool, call, number) for number in range(THREADS)])
+        assert found == [2 * number for number in range(THREADS)]
+        assert len(server.requests) == THREADS
