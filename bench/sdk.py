@@ -34,7 +34,7 @@ SDKS = {peers.MODELPORT: "modelport", peers.PYTRITON: "tritonclient"}
 """The SDK of each server."""
 MODELS = {models.CLASSIC: models.classic, models.LIGHT: models.light}
 _TRITONCLIENT = "tritonclient[grpc]==2.73.0"
-_SAME = ("grpcio", "protobuf", "numpy")
+_SAME = ("grpcio", "numpy")
 """Installed for tritonclient at the versions that modelport's own environment has."""
 _CALLER = Path(__file__).parent / "peer" / "sdk_caller.py"
 
@@ -142,7 +142,9 @@ def main(arguments: Sequence[str]) -> None:
     environments, sdks = options.environments.resolve(), options.sdks.resolve()
     for one in (environments, sdks):
         one.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("modelport", "tensorflow", "openvino", *_SAME)}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("modelport", "tensorflow", "openvino", "protobuf", *_SAME)
+    }
     loadgen = peers.build_loadgen(environments)
     peers.environment(environments, peers.PYTRITON, options.python)
     wanted = [_TRITONCLIENT, *(f"{name}=={versions[name]}" for name in _SAME)]

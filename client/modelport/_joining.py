@@ -117,10 +117,7 @@ class Joiner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _send(self, method: Method, seen: int = 0) -> None:
-        if len(self._waiting) > seen:
-            asyncio.get_running_loop().call_soon(self._send, method, len(self._waiting))
-            return
+    def _send(self, method: Method) -> None:
         entries = [entry for entry in self._waiting if not entry.outcome.done()]
         self._waiting = []
         for group in self._groups(entries):

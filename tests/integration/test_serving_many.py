@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelport import AsyncClient, DeadlineExceededError, Prediction, RpcError
+from modelport.tensors import decode
 from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Phase, Published, Registry
 from tests.support.rollouts import Watched, canary_policy
@@ -159,6 +162,63 @@ def test_requests_to_any_models_end_as_they_end_alone(zoo_channel: grpc.Channel,
         assert same(outcome, call(zoo_channel, message))
 
 
+FATES = st.sampled_from(["answered", "answered", "answered", "cancelled", "late"])
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40), FATES), min_size=2, max_size=40))
+def test_the_clients_calls_at_the_same_moment_end_as_they_end_alone(
+    server: ServerProcess, calls: list[tuple[int, int, str]]
+) -> None:
+    async def main() -> None:
+        async with AsyncClient(server.address) as client:
+            await client.predict("toy", {"x": X})
+            tasks = [asyncio.create_task(sdk_call(client, kind, number, fate)) for kind, number, fate in calls]
+            await asyncio.sleep(0)  # each has begun
+            for task, (_, number, fate) in zip(tasks, calls, strict=True):
+                if fate == "cancelled" and number % 2:
+                    task.cancel()
+            await asyncio.sleep(0)
+            for task, (_, _, fate) in zip(tasks, calls, strict=True):
+                if fate == "cancelled":
+                    task.cancel()
+            found = [ending(outcome) for outcome in await asyncio.gather(*tasks, return_exceptions=True)]
+            for (kind, number, fate), end in zip(calls, found, strict=True):
+                if fate == "cancelled":
+                    assert end == (asyncio.CancelledError,)
+                else:
+                    (alone,) = await asyncio.gather(sdk_call(client, kind, number, fate), return_exceptions=True)
+                    in_no_time = fate == "late" and end[0] is DeadlineExceededError
+                    assert in_no_time or end == ending(alone)  # gRPC itself may be quicker than the time that is over
+
+    asyncio.run(main())
+
+
+async def sdk_call(client: AsyncClient, kind: int, number: int, fate: str) -> Prediction:
+    """Makes the call that ``odd_request`` asks for."""
+    message = odd_request(kind, number)
+    return await client.predict(
+        message.model or "-",
+        {tensor.name: decode(tensor) for tensor in message.inputs},
+        version=message.version or None,
+        alias=message.alias or None,
+        signature=message.signature,
+        outputs=message.outputs,
+        routing_key=message.routing_key,
+        timeout_s=1e-6 if fate == "late" else None,
+    )
+
+
+def ending(outcome: Prediction | BaseException) -> tuple[Any, ...]:
+    """Returns all that is to be alike of how a call ended."""
+    if isinstance(outcome, RpcError):
+        return type(outcome), str(outcome), outcome.code, outcome.details, outcome.retry_after_s
+    if isinstance(outcome, Prediction):
+        outputs = [(name, array.dtype, array.shape, array.tolist()) for name, array in outcome.items()]
+        return outcome.model, outcome.version, outputs
+    return (type(outcome),)
+
+
 def test_one_bad_row_among_31_good_ones(zoo_channel: grpc.Channel) -> None:
     rows = [np.array([-1.0 if number == 13 else number], np.float32) for number in range(32)]
     found = many(zoo_channel, [request("bad_rows", {"x": row}) for row in rows])
@@ -296,4 +356,4 @@ def test_a_stopping_server_answers_what_it_has(
             server.process.send_signal(signal.SIGTERM)
             wait_for(lambda: "not serving" in server.log.read_text(), "the server to stop", timeout_s=20)
         assert [outcome.code for outcome in outcomes(running).values()] == [OK] * 20
-        assert server.stop() == 0
+        assert server.process.wait(60) == 0

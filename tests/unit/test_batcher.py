@@ -247,3 +247,28 @@ async def test_what_waits_can_be_taken_out() -> None:
     assert batcher.idle
     assert not calls[0].ended
     assert not calls[2].ended
+
+
+async def test_calls_that_come_together_run_together_on_an_idle_engine() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine)
+    calls = [new_call([number]) for number in range(4)]
+    assert batcher.submit_all(calls) == calls
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1, 2, 3]]
+
+
+async def test_of_calls_that_come_together_those_without_room_fail_alone() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_enqueued_rows=2)
+    late = new_call([9], deadline=0.0)
+    calls = [new_call([0]), late, *[new_call([number]) for number in range(1, 4)]]
+    assert batcher.submit_all(calls) == [calls[0], calls[2]]
+    assert isinstance(late.future.exception(), ExpiredError)
+    assert [type(call.future.exception()) for call in calls[3:]] == [OverloadedError] * 2
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0, 1]]
+    batcher.close(NotAvailableError("over"))
+    refused = new_call([5])
+    assert batcher.submit_all([refused]) == []
+    assert isinstance(refused.future.exception(), NotAvailableError)

@@ -83,6 +83,26 @@ class Batcher:
             NotAvailableError: if the batcher is closed.
             ExpiredError: if the call's deadline has passed.
         """
+        self._enqueue(call)
+        self._dispatch()
+
+    def submit_all(self, calls: Iterable[Call]) -> list[Call]:
+        """Queues calls that come together before any of them is run; one that can't be queued fails.
+
+        Returns those that were queued.
+        """
+        queued: list[Call] = []
+        for call in calls:
+            try:
+                self._enqueue(call)
+            except ServeError as error:
+                call.fail(error)
+            else:
+                queued.append(call)
+        self._dispatch()
+        return queued
+
+    def _enqueue(self, call: Call) -> None:
         if self._closed is not None:
             raise self._closed
         now = self._clock()
@@ -98,7 +118,6 @@ class Batcher:
         self._bytes += call.bytes
         call.future.add_done_callback(lambda _: self._drop(call))
         self._watch_deadline(call.deadline)
-        self._dispatch()
 
     async def room(self, call: Call) -> None:
         """Returns when ``call`` fits into the queue, for callers that can wait instead of failing."""

@@ -16,7 +16,7 @@ from modelport_server.options import MIB, RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of
 from modelport_server.rpc._requests import parse
-from modelport_server.rpc.codec import Request, to_request, to_response, too_large
+from modelport_server.rpc.codec import to_request, to_response, too_large
 from modelport_server.rpc.status import status_of
 from modelport_server.servable import Servable
 
@@ -83,32 +83,42 @@ class PredictMany:
 
     async def _start(self, requests: Sequence[pb.JoinedRequest]) -> None:
         deadline = deadline_of(self._context)
-        for index, joined in enumerate(requests):
-            if index and not index % _AT_ONCE:
+        for first in range(0, len(requests), _AT_ONCE):
+            if first:
                 await asyncio.sleep(0)
-            due = min(deadline, monotonic() + joined.timeout_us / 1e6) if joined.timeout_us else deadline
-            self._start_one(index, joined.request, due)
+            self._start_some(range(first, min(first + _AT_ONCE, len(requests))), requests, deadline)
 
-    def _start_one(self, index: int, message: pb.PredictRequest, deadline: float) -> None:
-        sequence = message.sequence
+    def _start_some(self, indices: range, requests: Sequence[pb.JoinedRequest], deadline: float) -> None:
+        """Queues what goes to one servable together, so that the first of many does not run alone."""
+        now = monotonic()
+        prepared: dict[Servable, list[Call]] = {}
+        for index in indices:
+            joined = requests[index]
+            due = min(deadline, now + joined.timeout_us / 1e6) if joined.timeout_us else deadline
+            self._prepare(index, joined.request, due, prepared)
+        for servable, calls in prepared.items():
+            servable.submit_all(calls)
+
+    def _prepare(
+        self, index: int, message: pb.PredictRequest, deadline: float, prepared: dict[Servable, list[Call]]
+    ) -> None:
+        """Adds a request's call to those of its servable; whatever is wrong with it becomes its result."""
+        joined = _Joined(index, message.sequence)
         try:
             request = to_request(message, 0)
             servable = self._router.resolve(
                 request.model, version=request.version, alias=request.alias, key=request.routing_key
             )
+            joined = _Joined(index, request.sequence, request.outputs, servable)
+            call = servable.prepare(request.signature, request.inputs, request.outputs, deadline)
         except Exception as error:  # status_of logs what it does not know
-            self._ended.append((_Joined(index, sequence), error))
-            return
-        joined = _Joined(index, sequence, request.outputs, servable)
-        servable.acquire()
-        try:
-            call = _submitted(servable, request, deadline)
-        except Exception as error:  # here, too
-            servable.release()
             self._ended.append((joined, error))
             return
-        self._calls[index] = call
+        call.movable = request.version is None and request.alias is None
+        servable.acquire()
         call.future.add_done_callback(partial(self._on_end, joined, servable))
+        self._calls[index] = call
+        prepared.setdefault(servable, []).append(call)
 
     def _on_end(self, joined: _Joined, servable: Servable, future: asyncio.Future[Answer]) -> None:
         servable.release()
@@ -148,13 +158,6 @@ def _requests(raw: bytes) -> Sequence[pb.JoinedRequest]:
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise InvalidCallError(f"PredictMany takes 1 to {MAX_REQUESTS} requests, not {len(requests)}")
     return requests
-
-
-def _submitted(servable: Servable, request: Request, deadline: float) -> Call:
-    call = servable.prepare(request.signature, request.inputs, request.outputs, deadline)
-    call.movable = request.version is None and request.alias is None
-    servable.submit(call)
-    return call
 
 
 def _result(joined: _Joined, outcome: Answer | BaseException, max_bytes: int) -> pb.JoinedResult:
