@@ -110,7 +110,9 @@ class AsyncClient:
         )
         self._retrier = Retrier(self._options.retry)
         self._signatures = _signatures.SignatureCache()
-        self._joiner = _joining.Joiner(self._server, max_message_bytes)
+        self._joiner = _joining.Joiner(
+            self._server, max_message_bytes, self._finish, on_answer=self._retrier.budget.succeeded
+        )
         self._predicts_under_way = 0
         self._connection: _Connection | None = None
         self._is_closed = False
@@ -381,27 +383,74 @@ class AsyncClient:
         if not _inputs.fits(message, limit):
             return await self._predict_in_parts(target, arrays, deadline)
         _inputs.address(message, target)
-        response = await self._answer(message, deadline)
+        return self.answered(target, await self._answer(message, deadline))
+
+    def joinable(self, target: Target, inputs: Inputs) -> prediction_pb2.PredictRequest | None:
+        """Returns the message of a call that may be joined with others at once, else None.
+
+        For the blocking client, as are the next two: all may be called by any thread.
+
+        Raises:
+            InputError: if the inputs can't be sent.
+        """
+        signature = self._signatures.get(target) if _inputs.needs_signature(inputs) else None
+        if self._connection is None or (signature is None and _inputs.needs_signature(inputs)):
+            return None
+        arrays = _inputs.named_arrays(inputs, signature)
+        if not self._joiner.takes(_inputs.number_bytes(arrays)):
+            return None
+        message = _inputs.request(arrays, target)
+        _inputs.address(message, target)
+        return message if self._joiner.takes(message.ByteSize()) else None
+
+    def hand_over(
+        self,
+        message: prediction_pb2.PredictRequest,
+        timeout_s: float | None,
+        call_soon: Callable[[Callable[[], object]], None],
+    ) -> prediction_pb2.PredictResponse:
+        """Makes a call for a thread that is not the event loop's, and waits for its answer.
+
+        Args:
+            message: what ``joinable`` returned.
+            timeout_s: how long the call may take, in seconds; None for the client's own.
+            call_soon: has something called in the client's event loop.
+
+        Raises:
+            RpcError: if the server answers with an error, or there is none.
+            ClientClosedError: if the client is closed, before or meanwhile.
+        """
+        if self._connection is None or self._is_closed:
+            raise ClientClosedError("the client is closed")
+        return self._joiner.hand_over(self._connection.many, message, self._deadline(timeout_s), call_soon)
+
+    def answered(self, target: Target, response: prediction_pb2.PredictResponse) -> Prediction:
+        """Returns an answer from its message; takes note of the version that gave it."""
         self._signatures.answered(target, response.version)
         return _results.prediction(response)
 
     async def _answer(self, message: prediction_pb2.PredictRequest, deadline: float) -> prediction_pb2.PredictResponse:
         """Makes a call, together with others that wait at the same moment if there are any."""
         connection = await self._connected()
-        attempts = 0
         self._predicts_under_way += 1
         try:
-            if self._predicts_under_way > 1 and self._joiner.takes(message):
+            outcome: _joining.Outcome = None
+            if self._predicts_under_way > 1 and self._joiner.takes(message.ByteSize()):
                 outcome = await self._joiner.outcome(connection.many, message, deadline)
-                if isinstance(outcome, prediction_pb2.PredictResponse):
-                    self._retrier.budget.succeeded()
-                    return outcome
-                if outcome is not None:
-                    attempts = 1
-                    await self._wait_again(outcome, deadline)
-            return await self._call(connection.predictions.Predict, message, deadline, attempts)
+            if isinstance(outcome, prediction_pb2.PredictResponse):
+                return outcome
+            return await self._finish(outcome, message, deadline)
         finally:
             self._predicts_under_way -= 1
+
+    async def _finish(
+        self, failure: RpcError | None, message: prediction_pb2.PredictRequest, deadline: float
+    ) -> prediction_pb2.PredictResponse:
+        """Makes a call by itself; one that was joined and failed only if that may pass."""
+        if failure is not None:
+            await self._wait_again(failure, deadline)
+        stub = (await self._connected()).predictions
+        return await self._call(stub.Predict, message, deadline, attempts=int(failure is not None))
 
     async def _predict_in_parts(self, target: Target, arrays: dict[str, Any], deadline: float) -> Prediction:
         signature = await self._signature(target, deadline)

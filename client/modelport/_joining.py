@@ -8,8 +8,12 @@ goes by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,6 +40,8 @@ Outcome = prediction_pb2.PredictResponse | RpcError | None
 
 None where that says nothing of the call, which is to be made by itself then.
 """
+Finish = Callable[[RpcError | None, prediction_pb2.PredictRequest, float], Awaitable[prediction_pb2.PredictResponse]]
+"""Goes on with a call that has no answer, its error at hand if it got one: makes it by itself, or raises the error."""
 
 
 class Stream(Protocol):
@@ -51,15 +57,76 @@ class Method(Protocol):
     def __call__(self, request: bytes, timeout: float | None = None) -> Stream: ...
 
 
+class _Place(Protocol):
+    """Where an outcome goes: a future of asyncio, or what a thread waits for."""
+
+    def done(self) -> bool: ...
+    def cancel(self) -> bool: ...
+    def exception(self) -> BaseException | None: ...
+    def set_result(self, result: Outcome, /) -> None: ...
+    def set_exception(self, exception: BaseException, /) -> None: ...
+
+
+class _Wait:
+    """What a thread waits for. A bare lock: ``concurrent.futures`` takes several times as long."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._is_done = False
+        self._result: Outcome = None
+        self._exception: BaseException | None = None
+
+    def wait(self) -> prediction_pb2.PredictResponse:
+        """Returns or raises what the call ended with."""
+        self._lock.acquire()
+        if self._exception is not None:
+            raise self._exception
+        assert isinstance(self._result, prediction_pb2.PredictResponse)
+        return self._result
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def cancel(self) -> bool:
+        if self._is_done:
+            return False
+        self.set_exception(_closed())
+        return True
+
+    def exception(self) -> BaseException | None:
+        return self._exception
+
+    def set_result(self, result: Outcome, /) -> None:
+        self._result = result
+        self._end()
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        self._exception = exception
+        self._end()
+
+    def _end(self) -> None:
+        self._is_done = True
+        self._lock.release()
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     """One call."""
 
+    request: prediction_pb2.PredictRequest
     raw: bytes
     """A PredictManyRequest of this call alone: protobuf joins messages by writing one after another."""
     deadline: float
-    outcome: asyncio.Future[Outcome]
+    outcome: _Place
     message: _Message | None = field(default=None, init=False)
+    task: asyncio.Task[None] | None = field(default=None, init=False)
+    """What makes the call by itself, for a thread."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for the message that it is in."""
+        return not self.outcome.done() and self.task is None
 
 
 class Joiner:
@@ -68,18 +135,27 @@ class Joiner:
     Args:
         server: the address for messages.
         max_message_bytes: the largest message.
+        finish: goes on with a thread's call that has no answer.
+        on_answer: called for every answer.
     """
 
-    def __init__(self, server: str, max_message_bytes: int) -> None:
+    def __init__(
+        self, server: str, max_message_bytes: int, finish: Finish, on_answer: Callable[[], object] = lambda: None
+    ) -> None:
         self._server = server
         self._most_bytes = min(_MOST_BYTES, max_message_bytes)
+        self._finish = finish
+        self._on_answer = on_answer
         self._waiting: list[_Entry] = []
-        self._messages: dict[_Message, asyncio.Task[None]] = {}
+        self._handed: deque[_Entry] = deque()
+        self._is_woken = False
         self._is_known = True
+        self._is_closed = False
+        self._tasks: dict[asyncio.Task[None], Sequence[_Entry]] = {}
 
-    def takes(self, request: prediction_pb2.PredictRequest) -> bool:
-        """Returns whether a call may be joined with others: it is small, and the server knows how."""
-        return self._is_known and request.ByteSize() + _ROOM_BYTES <= self._most_bytes // 2
+    def takes(self, byte_count: int) -> bool:
+        """Returns whether a call of so many bytes may be joined with others: it is small, and the server knows how."""
+        return self._is_known and byte_count + _ROOM_BYTES <= self._most_bytes // 2
 
     async def outcome(self, method: Method, request: prediction_pb2.PredictRequest, deadline: float) -> Outcome:
         """Makes a call together with those that wait at the same moment, and returns how it ended.
@@ -91,44 +167,98 @@ class Joiner:
             ClientClosedError: if the client is closed meanwhile.
         """
         loop = asyncio.get_running_loop()
-        left_us = max(1, int((deadline - time.monotonic()) * 1e6))
-        joined = prediction_pb2.JoinedRequest(request=request, timeout_us=left_us)
-        raw = prediction_pb2.PredictManyRequest(requests=[joined]).SerializeToString()
-        entry = _Entry(raw, deadline, loop.create_future())
+        future: asyncio.Future[Outcome] = loop.create_future()
+        entry = _Entry(request, _raw(request, deadline), deadline, future)
         self._waiting.append(entry)
         if len(self._waiting) == 1:
             loop.call_soon(self._send, method)
         try:
-            return await entry.outcome
+            return await future
         finally:
-            if entry.message is not None and entry.outcome.cancelled():
+            if entry.message is not None and future.cancelled():
                 entry.message.on_given_up()
+
+    def hand_over(
+        self,
+        method: Method,
+        request: prediction_pb2.PredictRequest,
+        deadline: float,
+        call_soon: Callable[[Callable[[], object]], None],
+    ) -> prediction_pb2.PredictResponse:
+        """Makes a call for a thread that is not the event loop's, and waits for its answer.
+
+        Calls that are handed over until the loop looks go together; only the first of them wakes it.
+
+        Args:
+            method: the RPC.
+            request: what is asked.
+            deadline: when the call's time is over, on the monotonic clock.
+            call_soon: has something called in the loop; raises ClientClosedError if that is closed.
+
+        Raises:
+            RpcError: if the server answers with an error, or there is none.
+            ClientClosedError: if the client is closed, before or meanwhile.
+        """
+        outcome = _Wait()
+        entry = _Entry(request, _raw(request, deadline), deadline, outcome)
+        self._handed.append(entry)
+        if self._is_closed:  # after it was closed nobody looks; before that, ``close`` ends what was handed over
+            raise _closed()
+        if not self._is_woken:
+            self._is_woken = True
+            call_soon(functools.partial(self._take, method))
+        try:
+            return outcome.wait()
+        except BaseException:
+            if not outcome.done():  # an interrupt, which the loop knows nothing of
+                with contextlib.suppress(ClientClosedError):
+                    call_soon(functools.partial(self._give_up, entry))
+            raise
 
     async def close(self) -> None:
         """Ends all calls."""
-        error = ClientClosedError("the client was closed during the call")
-        waiting, self._waiting = self._waiting, []
-        for entry in waiting:
-            _fail(entry, error)
-        for message in self._messages:
-            message.fail(error)
-        tasks = list(self._messages.values())
+        self._is_closed = True
+        entries = [*self._waiting, *self._handed]
+        entries += [entry for entries in self._tasks.values() for entry in entries]
+        self._waiting = []
+        self._handed.clear()
+        for entry in entries:
+            _fail(entry, _closed())
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _take(self, method: Method) -> None:
+        self._is_woken = False  # before it looks: who comes later wakes the loop again
+        while self._handed:
+            self._waiting.append(self._handed.popleft())
+        self._send(method)
+
+    @staticmethod
+    def _give_up(entry: _Entry) -> None:
+        entry.outcome.cancel()
+        if entry.message is not None:
+            entry.message.on_given_up()
+        if entry.task is not None:
+            entry.task.cancel()
 
     def _send(self, method: Method) -> None:
         entries = [entry for entry in self._waiting if not entry.outcome.done()]
         self._waiting = []
         for group in self._groups(entries):
-            if len(group) == 1 or not self._is_known:
+            if len(group) > 1 and self._is_known:
+                message = _Message(group, self._server, self)
+                self._begin(message.run(method), group)
+            else:
                 for entry in group:
-                    entry.outcome.set_result(None)
-                continue
-            message = _Message(group, self._server, self._forget)
-            task = asyncio.get_running_loop().create_task(message.run(method))
-            self._messages[message] = task
-            task.add_done_callback(lambda _, message=message: self._messages.pop(message))  # type: ignore[misc]
+                    self.go_on(entry, None)
+
+    def _begin(self, work: Coroutine[None, None, None], entries: Sequence[_Entry]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = entries
+        task.add_done_callback(self._tasks.pop)
+        return task
 
     def _groups(self, entries: Sequence[_Entry]) -> list[list[_Entry]]:
         groups: list[list[_Entry]] = []
@@ -141,9 +271,31 @@ class Joiner:
             groups[-1].append(entry)
         return groups
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """The server does not know the RPC: calls go by themselves from now on."""
         self._is_known = False
+
+    def answer(self, entry: _Entry, response: prediction_pb2.PredictResponse) -> None:
+        """Ends a call with its answer."""
+        self._on_answer()
+        entry.outcome.set_result(response)
+
+    def go_on(self, entry: _Entry, failure: RpcError | None) -> None:
+        """Has a call without an answer go on by itself: a coroutine sees to that, a thread only waits."""
+        if not isinstance(entry.outcome, _Wait):
+            entry.outcome.set_result(failure)
+            return
+        entry.task = self._begin(self._by_itself(entry, failure), [entry])
+
+    async def _by_itself(self, entry: _Entry, failure: RpcError | None) -> None:
+        try:
+            response = await self._finish(failure, entry.request, entry.deadline)
+            if not entry.outcome.done():
+                entry.outcome.set_result(response)
+        except Exception as error:
+            _fail(entry, error)
+        finally:
+            entry.outcome.cancel()  # does nothing, unless this task was cancelled
 
 
 class _Message:
@@ -152,13 +304,13 @@ class _Message:
     Args:
         entries: the calls, in their order.
         server: the address for messages.
-        on_unknown: called if the server does not know the RPC.
+        joiner: whose calls they are.
     """
 
-    def __init__(self, entries: Sequence[_Entry], server: str, on_unknown: Callable[[], None]) -> None:
+    def __init__(self, entries: Sequence[_Entry], server: str, joiner: Joiner) -> None:
         self._entries = entries
         self._server = server
-        self._on_unknown = on_unknown
+        self._joiner = joiner
         self._stream: Stream | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._was_answered = False
@@ -176,47 +328,43 @@ class _Message:
                 self._was_answered = True
                 for result in response.results:
                     self._settle(result)
-            self._send_alone()
+            self._go_on()
         except grpc.aio.AioRpcError as error:
             self._on_broken(error)
         except Exception as error:
-            self.fail(error)
+            for entry in self._waiting():
+                _fail(entry, error)
         finally:
             if self._expiry is not None:
                 self._expiry.cancel()
             if self._stream is not None:
                 self._stream.cancel()
-            for entry in self._entries:
-                entry.outcome.cancel()  # does nothing, unless this task was cancelled
+            for entry in self._waiting():
+                entry.outcome.cancel()  # there are none, unless this task was cancelled
+
+    def _waiting(self) -> list[_Entry]:
+        return [entry for entry in self._entries if entry.is_waiting]
 
     def on_given_up(self) -> None:
         """One of the callers is gone; if that was the last one, nobody waits for the message."""
-        if self._stream is not None and all(entry.outcome.done() for entry in self._entries):
+        if self._stream is not None and not self._waiting():
             self._stream.cancel()
-
-    def fail(self, error: Exception) -> None:
-        """Ends all calls that have no result with an error."""
-        for entry in self._entries:
-            _fail(entry, error)
 
     def _settle(self, result: prediction_pb2.JoinedResult) -> None:
         if result.index >= len(self._entries):
             return
-        outcome = self._entries[result.index].outcome
-        if outcome.done():
+        entry = self._entries[result.index]
+        if not entry.is_waiting:
             return
         kind = result.WhichOneof("kind")
         if kind == "response":
-            outcome.set_result(result.response)
-        elif kind == "error":
-            outcome.set_result(self._error(result.error))
-        else:
-            outcome.set_result(None)  # a kind that only a later version knows
+            self._joiner.answer(entry, result.response)
+        else:  # None is a kind that only a later version knows
+            self._joiner.go_on(entry, self._error(result.error) if kind == "error" else None)
 
-    def _send_alone(self) -> None:
-        for entry in self._entries:
-            if not entry.outcome.done():
-                entry.outcome.set_result(None)
+    def _go_on(self) -> None:
+        for entry in self._waiting():
+            self._joiner.go_on(entry, None)
 
     def _error(self, error: prediction_pb2.StreamError) -> RpcError:
         retry_after_s = error.retry_after_ms / 1000 or None
@@ -227,19 +375,19 @@ class _Message:
         """Ends the calls that have no result: by the message's error where each of them would have got the same."""
         code = error.code()
         if code is _Code.UNIMPLEMENTED:
-            self._on_unknown()
+            self._joiner.forget()
         was_refused = code in (_Code.UNAVAILABLE, _Code.CANCELLED) and not self._was_answered
         if not was_refused and code is not _Code.DEADLINE_EXCEEDED:
-            self._send_alone()
+            self._go_on()
             return
-        for entry in self._entries:  # gRPC has tried again as often as it may
+        for entry in self._waiting():  # gRPC has tried again as often as it may
             failure = _status.from_aio(error, self._server)
             failure.__cause__ = error
             _fail(entry, failure)
 
     def _watch_deadlines(self) -> None:
         """Sees to it that calls end at deadlines of their own."""
-        left = [entry.deadline for entry in self._entries if not entry.outcome.done()]
+        left = [entry.deadline for entry in self._waiting()]
         self._expiry = None
         if left:
             delay_s = max(0.0, min(left) - time.monotonic())
@@ -247,11 +395,21 @@ class _Message:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for entry in self._entries:
-            if entry.deadline <= now and not entry.outcome.done():
+        for entry in self._waiting():
+            if entry.deadline <= now:
                 _fail(entry, _status.rpc_error(_Code.DEADLINE_EXCEEDED, _TIMED_OUT, server=self._server))
         self._watch_deadlines()
         self.on_given_up()
+
+
+def _raw(request: prediction_pb2.PredictRequest, deadline: float) -> bytes:
+    left_us = max(1, int((deadline - time.monotonic()) * 1e6))
+    joined = prediction_pb2.JoinedRequest(request=request, timeout_us=left_us)
+    return prediction_pb2.PredictManyRequest(requests=[joined]).SerializeToString()
+
+
+def _closed() -> ClientClosedError:
+    return ClientClosedError("the client was closed during the call")
 
 
 def _fail(entry: _Entry, error: Exception) -> None:

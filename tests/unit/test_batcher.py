@@ -256,6 +256,9 @@ async def test_calls_that_come_together_run_together_on_an_idle_engine() -> None
     assert batcher.submit_all(calls) == calls
     await settle()
     assert [run.ids for run in engine.runs] == [[0, 1, 2, 3]]
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await settle()
+    assert batcher.idle
 
 
 async def test_of_calls_that_come_together_those_without_room_fail_alone() -> None:
@@ -268,6 +271,8 @@ async def test_of_calls_that_come_together_those_without_room_fail_alone() -> No
     assert [type(call.future.exception()) for call in calls[3:]] == [OverloadedError] * 2
     await settle()
     assert [run.ids for run in engine.runs] == [[0, 1]]
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await settle()
     batcher.close(NotAvailableError("over"))
     refused = new_call([5])
     assert batcher.submit_all([refused]) == []
