@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +20,7 @@ from modelport import (
     Client,
     ClientClosedError,
     DeadlineExceededError,
+    InvalidArgumentError,
     ModelportError,
     Prediction,
     ResourceExhaustedError,
@@ -22,11 +28,13 @@ from modelport import (
     RpcError,
     UnavailableError,
 )
-from tests.support.fake_server import FakeServer, RefusalError, Request, StreamResponse
+from modelport._joining import Joiner
+from modelport._threads import LoopThread
+from tests.support.fake_server import FakeServer, RefusalError, Request, StreamResponse, signature, spec
+from tests.support.server import wait_for
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 FAILING = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
-THREADS = 12
 
 
 def x(number: int) -> dict[str, Any]:
@@ -374,21 +382,226 @@ async def test_a_damaged_answer_is_its_callers_own() -> None:
     assert len(answers(outcomes[:2] + outcomes[3:])) == 4
 
 
+def handed_over(client: Client) -> int:
+    """Returns how many calls of threads the loop has not looked at; -1 before one is under way."""
+    if not client._under_way:  # pyright: ignore[reportPrivateUsage]
+        return -1
+    return len(client._client._joiner._handed)  # pyright: ignore[reportPrivateUsage]
+
+
+async def in_threads(
+    client: Client, count: int, **options: Any
+) -> tuple[list[asyncio.Future[Prediction]], ThreadPoolExecutor]:
+    """Makes calls in threads of their own, all of which wait when the client's loop looks; the first goes alone."""
+    await asyncio.to_thread(client.predict, "m", x(0))
+    pool = ThreadPoolExecutor(count)
+    go_on = threading.Event()
+    client._loop.call_soon(go_on.wait)  # pyright: ignore[reportPrivateUsage]
+
+    def call(number: int) -> Prediction:
+        return client.predict("m", x(number), **options)
+
+    calls: list[asyncio.Future[Prediction]] = []
+    for number in range(count):
+        calls.append(asyncio.get_running_loop().run_in_executor(pool, call, number))
+        await asyncio.to_thread(wait_for, lambda number=number: handed_over(client) == number, "a thread's call")
+    go_on.set()
+    return calls, pool
+
+
+async def ended(calls: list[asyncio.Future[Prediction]], pool: ThreadPoolExecutor) -> list[Prediction | BaseException]:
+    """Returns how calls in threads ended."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    pool.shutdown()
+    return outcomes
+
+
 async def test_threads_of_one_blocking_client_share_messages() -> None:
+    async with FakeServer() as server:
+        with Client(server.address) as client:
+            outcomes = await ended(*await in_threads(client, 12))
+            assert await asyncio.to_thread(client.predict, "m", x(1))
+    assert answers(outcomes) == [2 * number for number in range(12)]
+    assert server.messages == [11]
+
+
+async def test_threads_meet_as_they_come() -> None:
     everybody = asyncio.Event()
 
     async def gather_all(request: Request) -> None:
-        if len(server.requests) >= THREADS:
+        if len(server.requests) >= 12:
             everybody.set()
         await everybody.wait()
 
     async with FakeServer(on_request=gather_all) as server:
-        with Client(server.address) as client, ThreadPoolExecutor(THREADS) as pool:
+        with Client(server.address) as client, ThreadPoolExecutor(12) as pool:
 
             def call(number: int) -> float:
                 return float(client.predict("m", x(number))["y"][0])
 
             loop = asyncio.get_running_loop()
-            found = await asyncio.gather(*[loop.run_in_executor(pool, call, number) for number in range(THREADS)])
-        assert found == [2 * number for number in range(THREADS)]
-        assert len(server.requests) == THREADS
+            found = await asyncio.gather(*[loop.run_in_executor(pool, call, number) for number in range(12)])
+        assert found == [2 * number for number in range(12)]
+        assert len(server.requests) == 12
+
+
+@pytest.mark.parametrize("pushback_ms", [None, 1])
+@pytest.mark.parametrize("code", FAILING)
+async def test_an_error_of_a_thread_is_the_one_that_it_gets_by_itself(
+    code: grpc.StatusCode, pushback_ms: int | None
+) -> None:
+    async def refuse_odd_ones(request: Request) -> None:
+        if number_of(request) % 2:
+            raise RefusalError(code, "because", retry_after_ms=pushback_ms)
+
+    async with FakeServer(on_request=refuse_odd_ones) as server:
+        with Client(server.address, retry=QUICK) as client:
+            outcomes = await ended(*await in_threads(client, 6))
+            asking = asyncio.to_thread(client.predict, "m", x(1))
+            (alone,) = await asyncio.gather(asking, return_exceptions=True)
+    assert server.messages == [5]
+    assert answers(outcomes[::2]) == [0, 4, 8]
+    assert [raised(outcome) for outcome in outcomes[1::2]] == [raised(alone)] * 3
+
+
+async def test_what_may_pass_is_tried_again_for_threads() -> None:
+    refused: dict[int, int] = {}
+
+    async def refuse_twice(request: Request) -> None:
+        number = number_of(request)
+        refused[number] = refused.get(number, 0) + 1
+        if number % 3 == 2 and refused[number] < 3:
+            code = grpc.StatusCode.UNAVAILABLE if number == 2 else grpc.StatusCode.RESOURCE_EXHAUSTED
+            raise RefusalError(code, retry_after_ms=20)
+
+    async with FakeServer(on_request=refuse_twice) as server:
+        with Client(server.address, retry=QUICK) as client:
+            outcomes = await ended(*await in_threads(client, 9))
+    assert answers(outcomes) == [2 * number for number in range(9)]
+    assert refused == {0: 2} | {number: 3 if number % 3 == 2 else 1 for number in range(1, 9)}
+
+
+async def test_a_server_without_the_call_is_asked_once_for_all_threads() -> None:
+    async with FakeServer(knows_many=False) as server:
+        with Client(server.address) as client:
+            for _ in range(2):
+                outcomes = await asyncio.gather(*[asyncio.to_thread(client.predict, "m", x(1)) for _ in range(3)])
+                assert answers(list(outcomes)) == [2] * 3
+            first = len(server.messages)
+            assert first <= 1
+            client._client._joiner._is_known = True  # pyright: ignore[reportPrivateUsage]
+            outcomes = await ended(*await in_threads(client, 6))
+    assert answers(list(outcomes)) == [2 * number for number in range(6)]
+    assert server.messages[first:] == [5]
+
+
+async def test_each_thread_has_its_own_deadline() -> None:
+    async def hang(request: Request) -> None:
+        if number_of(request) % 2:
+            await asyncio.Event().wait()
+
+    async with FakeServer(on_request=hang) as server:
+        with Client(server.address) as client:
+            outcomes = await ended(*await in_threads(client, 6, timeout_s=0.3))
+    assert [type(outcome) for outcome in outcomes] == [Prediction, DeadlineExceededError] * 3
+
+
+async def test_closing_the_client_ends_the_calls_of_threads() -> None:
+    async def hang(request: Request) -> None:
+        if number_of(request):
+            await asyncio.Event().wait()
+
+    async with FakeServer(on_request=hang) as server:
+        client = Client(server.address)
+        calls, pool = await in_threads(client, 6)
+        await server.seen(7)
+        await asyncio.to_thread(client.close)
+        outcomes = await ended(calls, pool)
+    assert [type(outcome) for outcome in outcomes] == [Prediction, *[ClientClosedError] * 5]
+
+
+async def test_threads_whose_calls_the_loop_has_not_seen_are_told_of_a_close() -> None:
+    async with FakeServer() as server:
+        client = Client(server.address)
+        await asyncio.to_thread(client.predict, "m", x(0))
+        go_on = threading.Event()
+        loop, joiner = client._loop, client._client._joiner  # pyright: ignore[reportPrivateUsage]
+        loop.call_soon(go_on.wait)
+        joiner._is_woken = True  # pyright: ignore[reportPrivateUsage] - as if the loop were about to look
+        client._under_way.add("another")  # pyright: ignore[reportPrivateUsage]
+        call = asyncio.create_task(asyncio.to_thread(client.predict, "m", x(1)))
+        await asyncio.to_thread(wait_for, lambda: handed_over(client) == 1, "the thread's call")
+        closing = asyncio.create_task(asyncio.to_thread(client.close))
+        go_on.set()
+        with pytest.raises(ClientClosedError):
+            await call
+        await closing
+        with pytest.raises(ClientClosedError):
+            await asyncio.to_thread(client.predict, "m", x(1))
+
+
+async def test_threads_with_lists_find_out_that_the_model_has_changed() -> None:
+    async with FakeServer() as server:
+        with Client(server.address) as client:
+            await asyncio.to_thread(client.predict, "m", [1])
+            server.sign = signature([spec("z", "int32", -1)], [spec("y", "int32", -1)])
+            server.run = lambda inputs, version: {"y": inputs["z"]}
+
+            async def refuse_x(request: Request) -> None:
+                if request.inputs[0].name == "x":
+                    raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "there is no input 'x'")
+
+            server.on_request = refuse_x
+            client._under_way.add("another")  # pyright: ignore[reportPrivateUsage]
+            answer = await asyncio.to_thread(client.predict, "m", [1])
+            assert answer["y"].dtype == np.int32
+            with pytest.raises(InvalidArgumentError, match="no input 'x'"):
+                await asyncio.to_thread(client.predict, "m", x(1))
+
+
+class Silent:
+    """A stream that never answers."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.cancelled = threading.Event()
+
+    def __call__(self, request: bytes, timeout: float | None = None) -> Silent:
+        return self
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        self.begun.set()
+        await asyncio.Event().wait()
+        yield None
+
+    def cancel(self) -> bool:
+        self.cancelled.set()
+        return True
+
+
+async def never(*_: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+def test_an_interrupt_gives_a_threads_call_up() -> None:
+    loop, silent = LoopThread("test"), Silent()
+    joiner = Joiner("here:1", 1 << 20, never)
+    deadline = time.monotonic() + 60
+
+    def interrupt() -> None:
+        silent.begun.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    go_on = threading.Event()
+    loop.call_soon(go_on.wait)
+    pool = ThreadPoolExecutor(2)
+    other = pool.submit(joiner.hand_over, silent, Request(), deadline, loop.call_soon)
+    pool.submit(interrupt)
+    wait_for(lambda: bool(joiner._handed), "the other call")  # pyright: ignore[reportPrivateUsage]
+    threading.Timer(0.05, go_on.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        joiner.hand_over(silent, Request(), deadline, loop.call_soon)
+    loop.close(joiner.close)
+    assert isinstance(other.exception(20), ClientClosedError)
+    assert silent.cancelled.is_set()
+    pool.shutdown()
