@@ -30,10 +30,11 @@ from bench import figures, machine, models, peers
 from bench.stage import say
 from modelport_registry import Registry
 
-SDKS = {peers.MODELPORT: "modelport", peers.PYTRITON: "tritonclient"}
-"""The SDK of each server."""
+OURS, TRITONCLIENT = "modelport", "tritonclient"
+SERVERS = {OURS: peers.MODELPORT, TRITONCLIENT: peers.PYTRITON}
+"""The server of each SDK."""
 MODELS = {models.CLASSIC: models.classic, models.LIGHT: models.light}
-_TRITONCLIENT = "tritonclient[grpc]==2.73.0"
+_INSTALLED = "tritonclient[grpc]==2.73.0"
 _SAME = ("grpcio", "numpy")
 """Installed for tritonclient at the versions that modelport's own environment has."""
 _CALLER = Path(__file__).parent / "peer" / "sdk_caller.py"
@@ -59,13 +60,13 @@ CASES = (
 )
 
 
-def measure(python: Path | str, server: peers.Server, program: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(python: Path | str, sdk: str, target: str, program: str, options: argparse.Namespace) -> dict[str, Any]:
     """Calls a server in one way; returns what the caller says."""
-    command = [python, _CALLER, SDKS[server.name], server.target, program, options.seconds, options.window]
+    command = [python, _CALLER, sdk, target, program, options.seconds, options.window]
     environ = os.environ | {"GRPC_VERBOSITY": "NONE"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environ)
     if done.returncode:
-        sys.exit(f"error: {SDKS[server.name]} failed: {done.stderr[-1000:]}")
+        sys.exit(f"error: {sdk} failed: {done.stderr[-1000:]}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -76,18 +77,18 @@ def run(bench: peers.Bench, model: str, pythons: dict[str, Path | str]) -> list[
     options = bench.options
     for engine in options.engines:
         with ExitStack() as stack:
-            servers: list[peers.Server] = []
-            for name in SDKS:
-                say(f"{model}, {engine}: starting {name}")
-                servers.append(stack.enter_context(peers.SERVERS[name](bench, engine)))
+            targets: dict[str, str] = {}
+            for sdk in options.sdks:
+                say(f"{model}, {engine}: starting {SERVERS[sdk]}")
+                targets[sdk] = stack.enter_context(peers.SERVERS[SERVERS[sdk]](bench, engine)).target
             for number in range(options.rounds):
                 say(f"{model}, {engine}: round {number + 1} of {options.rounds}")
                 for case in CASES:
                     for program in case.programs:
-                        for server in servers:
+                        for sdk, target in targets.items():
                             head = {"model": model, "engine": engine, "round": number, "case": case.text}
-                            head |= {"sdk": SDKS[server.name], "program": program}
-                            rows.append(head | measure(pythons[server.name], server, program, options))
+                            found = measure(pythons[sdk], sdk, target, program, options)
+                            rows.append(head | {"sdk": sdk, "program": program} | found)
     return rows
 
 
@@ -106,12 +107,11 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         for engine in options.engines:
             some = [row for row in rows if (row["model"], row["engine"]) == (model, engine)]
             title = f"{model}, {engine}: rows/s, or times: medians of {options.rounds} rounds"
-            table = Table("", *SDKS.values(), "ratio", "goal", title=title)
+            table = Table("", *options.sdks, "ratio", "goal", title=title)
             for case in CASES:
-                digits = 3 if case.unit == "p50_ms" else 0
-                (_, ours), (_, theirs) = (best(some, case, sdk) for sdk in SDKS.values())
-                ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-                cells = [figures.spread(one, digits) for one in (ours, theirs)]
+                found = [best(some, case, sdk)[1] for sdk in options.sdks]
+                cells = [figures.spread(one, 3 if case.unit == "p50_ms" else 0) for one in found]
+                ratios = [a / b for a, b in zip(found[0], found[-1], strict=True)] if len(found) > 1 else []
                 table.add_row(case.text, *cells, figures.spread(ratios), f"{case.least:g}" if case.least else "")
             Console(width=140).print(table)
 
@@ -129,26 +129,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--environments", type=Path, default=Path("build/bench/peers"), help="where PyTriton is installed"
     )
-    parser.add_argument("--sdks", type=Path, default=Path("build/bench/sdks"), help="where tritonclient is installed")
+    parser.add_argument("--sdks", nargs="+", choices=list(SERVERS), default=list(SERVERS))
+    parser.add_argument(
+        "--clients", type=Path, default=Path("build/bench/clients"), help="where tritonclient is installed"
+    )
     parser.add_argument("--json", type=Path, default=Path("build/bench/sdk.json"), help="where figures go")
     options = parser.parse_args(arguments)
-    options.servers = list(SDKS)
+    options.servers = [SERVERS[sdk] for sdk in options.sdks]
     return options
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
-    environments, sdks = options.environments.resolve(), options.sdks.resolve()
-    for one in (environments, sdks):
+    environments, clients = options.environments.resolve(), options.clients.resolve()
+    for one in (environments, clients):
         one.mkdir(parents=True, exist_ok=True)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("modelport", "tensorflow", "openvino", "protobuf", *_SAME)
-    }
+    packages = ("modelport", "tensorflow", "openvino", "protobuf", *_SAME)
+    versions = {name: importlib.metadata.version(name) for name in packages}
     loadgen = peers.build_loadgen(environments)
-    peers.environment(environments, peers.PYTRITON, options.python)
-    wanted = [_TRITONCLIENT, *(f"{name}=={versions[name]}" for name in _SAME)]
-    python = peers.installed(sdks, "tritonclient", sys.executable, wanted)
+    pythons: dict[str, Path | str] = {OURS: sys.executable}
+    if TRITONCLIENT in options.sdks:
+        peers.environment(environments, peers.PYTRITON, options.python)
+        wanted = [_INSTALLED, *(f"{name}=={versions[name]}" for name in _SAME)]
+        pythons[TRITONCLIENT] = peers.installed(clients, TRITONCLIENT, sys.executable, wanted)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     rows: list[dict[str, Any]] = []
     try:
@@ -158,10 +162,10 @@ def main(arguments: Sequence[str]) -> None:
             bench = peers.Bench(folder / model, environments, made / "saved_model", loadgen, options)
             peers.write_payloads(bench)
             Registry(folder / model / "registry").publish(peers.MODEL, bench.model, golden=models.golden(made))
-            rows += run(bench, model, {peers.MODELPORT: sys.executable, peers.PYTRITON: python})
+            rows += run(bench, model, pythons)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     about = machine.describe()
     figures.write(options.json, {"benchmark": "sdk", "machine": about, "versions": versions, "rows": rows})
     report(rows, options)
-    print(f"{about['text']}, shared by SDK and server; {_TRITONCLIENT}, {versions}")
+    print(f"{about['text']}, shared by SDK and server; {_INSTALLED}, {versions}")
