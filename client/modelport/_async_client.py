@@ -131,9 +131,9 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends what is under way and closes all connections; closing twice does nothing more."""
         self._is_closed = True
+        await self._joiner.close()
         for bulk_call in list(self._bulk_calls):
             await bulk_call.aclose()
-        await self._joiner.close()
         if self._connection is not None:
             await self._connection.channel.close(None)
 

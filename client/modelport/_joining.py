@@ -218,10 +218,9 @@ class Joiner:
     async def close(self) -> None:
         """Ends all calls."""
         self._is_closed = True
-        entries = [*self._waiting, *self._handed]
-        entries += [entry for entries in self._tasks.values() for entry in entries]
+        self._take_handed()
+        entries = [*self._waiting, *(entry for entries in self._tasks.values() for entry in entries)]
         self._waiting = []
-        self._handed.clear()
         for entry in entries:
             _fail(entry, _closed())
         tasks = list(self._tasks)
@@ -231,9 +230,12 @@ class Joiner:
 
     def _take(self, method: Method) -> None:
         self._is_woken = False  # before it looks: who comes later wakes the loop again
+        self._take_handed()
+        self._send(method)
+
+    def _take_handed(self) -> None:
         while self._handed:
             self._waiting.append(self._handed.popleft())
-        self._send(method)
 
     @staticmethod
     def _give_up(entry: _Entry) -> None:
@@ -339,8 +341,10 @@ class _Message:
                 self._expiry.cancel()
             if self._stream is not None:
                 self._stream.cancel()
-            for entry in self._waiting():
-                entry.outcome.cancel()  # there are none, unless this task was cancelled
+            for entry in self._entries:
+                if entry.is_waiting:
+                    entry.outcome.cancel()  # there are none, unless this task was cancelled
+                entry.message = None  # they would hold each other
 
     def _waiting(self) -> list[_Entry]:
         return [entry for entry in self._entries if entry.is_waiting]
