@@ -111,7 +111,11 @@ class AsyncClient:
         self._retrier = Retrier(self._options.retry)
         self._signatures = _signatures.SignatureCache()
         self._joiner = _joining.Joiner(
-            self._server, max_message_bytes, self._finish, on_answer=self._retrier.budget.succeeded
+            self._server,
+            max_message_bytes,
+            may_retry=self._options.retry.max_attempts > 1,
+            finish=self._finish,
+            on_answer=self._retrier.budget.succeeded,
         )
         self._predicts_under_way = 0
         self._connection: _Connection | None = None

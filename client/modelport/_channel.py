@@ -16,7 +16,6 @@ from modelport.exceptions import InputError
 
 _RETRIED_METHODS = (
     {"service": "modelport.v1.PredictionService", "method": "Predict"},
-    {"service": "modelport.v1.PredictionService", "method": "PredictMany"},
     {"service": "modelport.v1.ModelService", "method": "GetModel"},
     {"service": "modelport.v1.ModelService", "method": "ListModels"},
     {"service": "modelport.v1.RolloutService", "method": "GetRollout"},

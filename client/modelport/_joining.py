@@ -26,8 +26,10 @@ from modelport.exceptions import ClientClosedError, RpcError
 from modelport.v1 import prediction_pb2
 
 METHOD = "/modelport.v1.PredictionService/PredictMany"
-_MOST_CALLS = 64
-"""How many calls a message joins at most: the next message can be made while the server works on this one."""
+_FEW_CALLS = 32
+"""More calls than this go in two messages or more, so that the server has one to work on while the next is made."""
+_MOST_CALLS = 128
+"""How many calls a message joins at most."""
 _MOST_BYTES = MIB
 _ROOM_BYTES = 64
 """What a call adds to a message besides its request."""
@@ -135,13 +137,21 @@ class Joiner:
     Args:
         server: the address for messages.
         max_message_bytes: the largest message.
+        may_retry: whether a call may be sent again when the connection was lost.
         finish: goes on with a thread's call that has no answer.
         on_answer: called for every answer.
     """
 
     def __init__(
-        self, server: str, max_message_bytes: int, finish: Finish, on_answer: Callable[[], object] = lambda: None
+        self,
+        server: str,
+        max_message_bytes: int,
+        *,
+        may_retry: bool,
+        finish: Finish,
+        on_answer: Callable[[], object],
     ) -> None:
+        self.may_retry = may_retry
         self._server = server
         self._most_bytes = min(_MOST_BYTES, max_message_bytes)
         self._finish = finish
@@ -265,9 +275,10 @@ class Joiner:
     def _groups(self, entries: Sequence[_Entry]) -> list[list[_Entry]]:
         groups: list[list[_Entry]] = []
         size = 0
+        most = min(max(_FEW_CALLS, (len(entries) + 1) // 2), _MOST_CALLS)
         for entry in entries:
             size += len(entry.raw)
-            if not groups or len(groups[-1]) >= _MOST_CALLS or size > self._most_bytes:
+            if not groups or len(groups[-1]) >= most or size > self._most_bytes:
                 groups.append([])
                 size = len(entry.raw)
             groups[-1].append(entry)
@@ -315,7 +326,6 @@ class _Message:
         self._joiner = joiner
         self._stream: Stream | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self._was_answered = False
         for entry in entries:
             entry.message = self
 
@@ -327,7 +337,6 @@ class _Message:
             raw = b"".join([entry.raw for entry in self._entries])
             self._stream = method(raw, timeout=max(0.0, latest - time.monotonic()))
             async for response in self._stream:
-                self._was_answered = True
                 for result in response.results:
                     self._settle(result)
             self._go_on()
@@ -376,15 +385,15 @@ class _Message:
         return _status.rpc_error(code, error.message, server=self._server, retry_after_s=retry_after_s)
 
     def _on_broken(self, error: grpc.aio.AioRpcError) -> None:
-        """Ends the calls that have no result: by the message's error where each of them would have got the same."""
+        """Has the calls that have no result go on by themselves, where another attempt may be made."""
         code = error.code()
         if code is _Code.UNIMPLEMENTED:
             self._joiner.forget()
-        was_refused = code in (_Code.UNAVAILABLE, _Code.CANCELLED) and not self._was_answered
-        if not was_refused and code is not _Code.DEADLINE_EXCEEDED:
+        is_lost = code in (_Code.UNAVAILABLE, _Code.CANCELLED) and not self._joiner.may_retry
+        if not is_lost and code is not _Code.DEADLINE_EXCEEDED:
             self._go_on()
             return
-        for entry in self._waiting():  # gRPC has tried again as often as it may
+        for entry in self._waiting():
             failure = _status.from_aio(error, self._server)
             failure.__cause__ = error
             _fail(entry, failure)

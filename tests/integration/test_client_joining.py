@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -113,15 +114,21 @@ async def test_an_answer_does_not_wait_for_those_it_went_with() -> None:
     assert server.messages == [7]
 
 
-async def test_a_message_has_64_calls_at_most_and_large_calls_go_alone() -> None:
+@pytest.mark.parametrize(
+    ("calls", "messages"), [(33, [32]), (34, [32, 1]), (101, [50, 50]), (401, [128, 128, 128, 16])]
+)
+async def test_many_calls_go_in_several_messages(calls: int, messages: list[int]) -> None:
+    async with FakeServer() as server, AsyncClient(server.address) as client:
+        assert len(answers(await together(client, calls))) == calls
+    assert sorted(server.messages) == sorted(size for size in messages if size > 1)  # one alone goes by itself
+
+
+async def test_large_calls_go_alone() -> None:
     large = {"x": np.ones(200_000, np.float32)}
     async with FakeServer() as server, AsyncClient(server.address) as client:
-        assert len(answers(await together(client, 150))) == 150
-        assert sorted(server.messages) == [21, 64, 64]
-        server.messages.clear()
         calls = [client.predict("m", large) for _ in range(6)]
         assert all(answer["y"].shape == (200_000,) for answer in await asyncio.gather(*calls))
-        assert server.messages == []
+    assert server.messages == []
 
 
 async def test_a_message_is_bounded_by_its_bytes() -> None:
@@ -367,6 +374,14 @@ async def test_nobody_there_is_said_to_each() -> None:
     assert [(type(outcome), str(outcome)) for outcome in outcomes] == [(UnavailableError, text)] * 5
 
 
+async def test_nobody_there_is_said_at_once_without_retries() -> None:
+    async with FakeServer() as server:
+        pass
+    async with AsyncClient(server.address, retry=RetryPolicy(max_attempts=1)) as client:
+        outcomes = await together(client, 5)
+    assert [raised(outcome) for outcome in outcomes[1:]] == [raised(outcomes[0])] * 4
+
+
 async def test_a_damaged_answer_is_its_callers_own() -> None:
     async def damaged(request: Request) -> StreamResponse | None:
         if number_of(request) != 2:
@@ -382,11 +397,10 @@ async def test_a_damaged_answer_is_its_callers_own() -> None:
     assert len(answers(outcomes[:2] + outcomes[3:])) == 4
 
 
-def handed_over(client: Client) -> int:
-    """Returns how many calls of threads the loop has not looked at; -1 before one is under way."""
-    if not client._under_way:  # pyright: ignore[reportPrivateUsage]
-        return -1
-    return len(client._client._joiner._handed)  # pyright: ignore[reportPrivateUsage]
+def has_handed_over(client: Client, count: int) -> bool:
+    """Returns whether so many calls of threads wait for the loop to look, beside one that is under way."""
+    handed = client._client._joiner._handed  # pyright: ignore[reportPrivateUsage]
+    return bool(client._under_way) and len(handed) == count  # pyright: ignore[reportPrivateUsage]
 
 
 async def in_threads(
@@ -404,7 +418,7 @@ async def in_threads(
     calls: list[asyncio.Future[Prediction]] = []
     for number in range(count):
         calls.append(asyncio.get_running_loop().run_in_executor(pool, call, number))
-        await asyncio.to_thread(wait_for, lambda number=number: handed_over(client) == number, "a thread's call")
+        await asyncio.to_thread(wait_for, partial(has_handed_over, client, number), "a thread's call")
     go_on.set()
     return calls, pool
 
@@ -485,13 +499,13 @@ async def test_a_server_without_the_call_is_asked_once_for_all_threads() -> None
     async with FakeServer(knows_many=False) as server:
         with Client(server.address) as client:
             for _ in range(2):
-                outcomes = await asyncio.gather(*[asyncio.to_thread(client.predict, "m", x(1)) for _ in range(3)])
-                assert answers(list(outcomes)) == [2] * 3
+                found = await asyncio.gather(*[asyncio.to_thread(client.predict, "m", x(1)) for _ in range(3)])
+                assert answers([*found]) == [2] * 3
             first = len(server.messages)
             assert first <= 1
             client._client._joiner._is_known = True  # pyright: ignore[reportPrivateUsage]
             outcomes = await ended(*await in_threads(client, 6))
-    assert answers(list(outcomes)) == [2 * number for number in range(6)]
+    assert answers(outcomes) == [2 * number for number in range(6)]
     assert server.messages[first:] == [5]
 
 
@@ -530,7 +544,7 @@ async def test_threads_whose_calls_the_loop_has_not_seen_are_told_of_a_close() -
         joiner._is_woken = True  # pyright: ignore[reportPrivateUsage] - as if the loop were about to look
         client._under_way.add("another")  # pyright: ignore[reportPrivateUsage]
         call = asyncio.create_task(asyncio.to_thread(client.predict, "m", x(1)))
-        await asyncio.to_thread(wait_for, lambda: handed_over(client) == 1, "the thread's call")
+        await asyncio.to_thread(wait_for, partial(has_handed_over, client, 1), "the thread's call")
         closing = asyncio.create_task(asyncio.to_thread(client.close))
         go_on.set()
         with pytest.raises(ClientClosedError):
@@ -585,7 +599,7 @@ async def never(*_: Any) -> Any:
 
 def test_an_interrupt_gives_a_threads_call_up() -> None:
     loop, silent = LoopThread("test"), Silent()
-    joiner = Joiner("here:1", 1 << 20, never)
+    joiner = Joiner("here:1", 1 << 20, may_retry=True, finish=never, on_answer=lambda: None)
     deadline = time.monotonic() + 60
 
     def interrupt() -> None:
