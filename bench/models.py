@@ -4,6 +4,7 @@
 ``resnet``  ResNet-50 (He et al. 2015, as keras.applications has it), 25.6 million weights, random ones
 ``both``    the small one as ``serving_default`` and ResNet-50 beside it as ``resnet``
 ``classic`` the classic MNIST network, 1.2 million weights; made by itself
+``light``   a single layer, which takes next to no time; made by itself
 
 Each folder holds ``saved_model`` and, per signature, the golden examples as ``.npz``.
 """
@@ -26,6 +27,7 @@ from modelport_registry import Golden
 
 RESNET = "resnet"
 CLASSIC = "classic"
+LIGHT = "light"
 IMAGE = (28, 28)
 LARGE_IMAGE = (224, 224, 3)
 _EXAMPLES = 8
@@ -49,9 +51,18 @@ def made(folder: Path, *, quick: bool = False) -> Path:
 
 def classic(folder: Path) -> Path:
     """Returns the classic network's folder, made if there is none yet."""
-    if not (folder / CLASSIC / "saved_model").exists():
-        _make(folder, f"--{CLASSIC}")
-    return folder / CLASSIC
+    return _alone(folder, CLASSIC)
+
+
+def light(folder: Path) -> Path:
+    """Returns the folder of the network of one layer, made if there is none yet."""
+    return _alone(folder, LIGHT)
+
+
+def _alone(folder: Path, name: str) -> Path:
+    if not (folder / name / "saved_model").exists():
+        _make(folder, f"--{name}")
+    return folder / name
 
 
 def _make(folder: Path, *options: str) -> None:
@@ -99,6 +110,12 @@ def _small() -> Any:
     )
 
 
+def _light() -> Any:
+    layers = _library("keras").layers
+    inner = [layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(10, activation="softmax")]
+    return _library("keras").Sequential([_library("keras").Input(IMAGE), *inner])
+
+
 def _resnet(quick: bool) -> Any:
     keras = _library("keras")
     if not quick:
@@ -142,6 +159,9 @@ def main() -> None:
 
         network = build(HyperParameters(), image_shape=IMAGE, classes=10)
         _save(folder / CLASSIC, {DEFAULT_SIGNATURE: network}, cast=False)
+        return
+    if f"--{LIGHT}" in sys.argv:
+        _save(folder / LIGHT, {DEFAULT_SIGNATURE: _light()})
         return
     small, resnet = _small(), _resnet("--quick" in sys.argv)
     _save(folder / "small", {DEFAULT_SIGNATURE: small})

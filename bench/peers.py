@@ -151,12 +151,17 @@ def build_loadgen(folder: Path) -> Path:
 
 def environment(folder: Path, name: str, python: str) -> Path:
     """Returns the Python of a peer's environment, which is installed if it is not there yet."""
+    engines = [f"{one}=={importlib.metadata.version(one)}" for one in _WITH_ENGINES]
+    return installed(folder, name, python, [*_INSTALLED[name], *engines])
+
+
+def installed(folder: Path, name: str, python: str, wanted: Sequence[str]) -> Path:
+    """Returns the Python of an environment with the packages wanted, which is made if it is not there yet."""
     found = folder / name / "bin" / "python"
-    wanted = [*_INSTALLED[name], *(f"{one}=={importlib.metadata.version(one)}" for one in _WITH_ENGINES)]
     done = folder / name / "installed"
     if done.exists() and done.read_text() == "\n".join(wanted):
         return found
-    say(f"installing {name} and the engines, which takes minutes")
+    say(f"installing {', '.join(wanted)}, which may take minutes")
     shutil.rmtree(folder / name, ignore_errors=True)
     for command in ([python, "-m", "venv", folder / name], [found, "-m", "pip", "install", "-q", *wanted]):
         ran = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from modelport import _health, _inputs, _results, _signatures, _status
+from modelport import _health, _inputs, _joining, _results, _signatures, _status
 from modelport._bulk import Batch, BulkCall, Call
 from modelport._channel import channel_target, checked_addresses, open_channel
 from modelport._conversation import Conversation
@@ -47,6 +47,7 @@ T = TypeVar("T")
 OnError = Literal["raise", "return"]
 
 _HEALTH_INTERVAL_S = 0.05
+_FROM_MANY = prediction_pb2.PredictManyResponse.FromString
 _WHOLE_CALLS = 3
 """How often a call sent in parts is begun, should its version be retired under way."""
 
@@ -67,6 +68,7 @@ class _Connection:
     models: ModelServiceAsyncStub
     rollouts: RolloutServiceAsyncStub
     health: _Method[bytes, bytes]
+    many: _joining.Method
 
 
 class AsyncClient:
@@ -108,6 +110,14 @@ class AsyncClient:
         )
         self._retrier = Retrier(self._options.retry)
         self._signatures = _signatures.SignatureCache()
+        self._joiner = _joining.Joiner(
+            self._server,
+            max_message_bytes,
+            may_retry=self._options.retry.max_attempts > 1,
+            finish=self._finish,
+            on_answer=self._retrier.budget.succeeded,
+        )
+        self._predicts_under_way = 0
         self._connection: _Connection | None = None
         self._is_closed = False
         self._bulk_calls: weakref.WeakSet[BulkCall] = weakref.WeakSet()
@@ -125,6 +135,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends what is under way and closes all connections; closing twice does nothing more."""
         self._is_closed = True
+        await self._joiner.close()
         for bulk_call in list(self._bulk_calls):
             await bulk_call.aclose()
         if self._connection is not None:
@@ -349,11 +360,12 @@ class AsyncClient:
             except (InputError, InvalidArgumentError) as error:
                 yield error
 
-    async def _request(self, inputs: Inputs, target: Target, pinned: int | None) -> prediction_pb2.PredictRequest:
+    async def _request(self, inputs: Inputs, target: Target, pinned: int | None) -> prediction_pb2.PredictStreamRequest:
         signature = await self._stream_signature(target, pinned) if _inputs.needs_signature(inputs) else None
-        message = _inputs.request(_inputs.named_arrays(inputs, signature), target)
-        if not _inputs.fits(message, self._options.max_message_bytes):
-            raise _inputs.too_large(message.ByteSize(), self._options.max_message_bytes)
+        message = prediction_pb2.PredictStreamRequest()
+        _inputs.write(message.request, _inputs.named_arrays(inputs, signature), target)
+        if not _inputs.fits(message.request, self._options.max_message_bytes):
+            raise _inputs.too_large(message.request.ByteSize(), self._options.max_message_bytes)
         return message
 
     async def _stream_signature(self, target: Target, pinned: int | None) -> SignatureInfo:
@@ -375,9 +387,74 @@ class AsyncClient:
         if not _inputs.fits(message, limit):
             return await self._predict_in_parts(target, arrays, deadline)
         _inputs.address(message, target)
-        response = await self._call((await self._connected()).predictions.Predict, message, deadline)
+        return self.answered(target, await self._answer(message, deadline))
+
+    def joinable(self, target: Target, inputs: Inputs) -> prediction_pb2.PredictRequest | None:
+        """Returns the message of a call that may be joined with others at once, else None.
+
+        For the blocking client, as are the next two: all may be called by any thread.
+
+        Raises:
+            InputError: if the inputs can't be sent.
+        """
+        signature = self._signatures.get(target) if _inputs.needs_signature(inputs) else None
+        if self._connection is None or (signature is None and _inputs.needs_signature(inputs)):
+            return None
+        arrays = _inputs.named_arrays(inputs, signature)
+        if not self._joiner.takes(_inputs.number_bytes(arrays)):
+            return None
+        message = _inputs.request(arrays, target)
+        _inputs.address(message, target)
+        return message if self._joiner.takes(message.ByteSize()) else None
+
+    def hand_over(
+        self,
+        message: prediction_pb2.PredictRequest,
+        timeout_s: float | None,
+        call_soon: Callable[[Callable[[], object]], None],
+    ) -> prediction_pb2.PredictResponse:
+        """Makes a call for a thread that is not the event loop's, and waits for its answer.
+
+        Args:
+            message: what ``joinable`` returned.
+            timeout_s: how long the call may take, in seconds; None for the client's own.
+            call_soon: has something called in the client's event loop.
+
+        Raises:
+            RpcError: if the server answers with an error, or there is none.
+            ClientClosedError: if the client is closed, before or meanwhile.
+        """
+        if self._connection is None or self._is_closed:
+            raise ClientClosedError("the client is closed")
+        return self._joiner.hand_over(self._connection.many, message, self._deadline(timeout_s), call_soon)
+
+    def answered(self, target: Target, response: prediction_pb2.PredictResponse) -> Prediction:
+        """Returns an answer from its message; takes note of the version that gave it."""
         self._signatures.answered(target, response.version)
         return _results.prediction(response)
+
+    async def _answer(self, message: prediction_pb2.PredictRequest, deadline: float) -> prediction_pb2.PredictResponse:
+        """Makes a call, together with others that wait at the same moment if there are any."""
+        connection = await self._connected()
+        self._predicts_under_way += 1
+        try:
+            outcome: _joining.Outcome = None
+            if self._predicts_under_way > 1 and self._joiner.takes(message.ByteSize()):
+                outcome = await self._joiner.outcome(connection.many, message, deadline)
+            if isinstance(outcome, prediction_pb2.PredictResponse):
+                return outcome
+            return await self._finish(outcome, message, deadline)
+        finally:
+            self._predicts_under_way -= 1
+
+    async def _finish(
+        self, failure: RpcError | None, message: prediction_pb2.PredictRequest, deadline: float
+    ) -> prediction_pb2.PredictResponse:
+        """Makes a call by itself; one that was joined and failed only if that may pass."""
+        if failure is not None:
+            await self._wait_again(failure, deadline)
+        stub = (await self._connected()).predictions
+        return await self._call(stub.Predict, message, deadline, attempts=int(failure is not None))
 
     async def _predict_in_parts(self, target: Target, arrays: dict[str, Any], deadline: float) -> Prediction:
         signature = await self._signature(target, deadline)
@@ -424,18 +501,18 @@ class AsyncClient:
         response = await self._call((await self._connected()).models.GetModel, request, deadline)
         return model_info(response.model)
 
-    async def _call(self, method: _Method[RequestT, T], request: RequestT, deadline: float) -> T:
-        """Makes a call; tries it again where the server asks for that. gRPC itself retries the rest."""
-        attempt = 0
+    async def _call(self, method: _Method[RequestT, T], request: RequestT, deadline: float, attempts: int = 0) -> T:
+        """Makes a call; tries it again where the server asks for that. gRPC itself retries the rest.
+
+        ``attempts`` is how many were made already.
+        """
         while True:
-            attempt += 1
+            attempts += 1
             try:
                 response = await method(request, timeout=max(0.0, deadline - time.monotonic()))
             except grpc.aio.AioRpcError as error:
                 failure = _status.from_aio(error, self._server)
-                wait_s = self._pushed_back_s(failure, attempt)
-                if wait_s is None or time.monotonic() + wait_s >= deadline:
-                    raise failure from error
+                failure.__cause__ = error
             except asyncio.CancelledError as error:
                 if self._is_closed and not _is_cancelling():
                     raise ClientClosedError("the client was closed during the call") from error
@@ -443,9 +520,31 @@ class AsyncClient:
             else:
                 self._retrier.budget.succeeded()
                 return response
-            await asyncio.sleep(wait_s)
-            if self._is_closed:
-                raise ClientClosedError("the client was closed during the call")
+            await self._sleep(self._pushed_back_s(failure, attempts), deadline, failure)
+
+    async def _wait_again(self, failure: RpcError, deadline: float) -> None:
+        """Waits until a joined call that failed may be made by itself, which gRPC then tries again.
+
+        Raises:
+            RpcError: the failure, if it had better not.
+        """
+        if failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            wait_s = self._retrier.wait_s(1, failure.retry_after_s or 0.0)
+        else:
+            wait_s = self._pushed_back_s(failure, 1)
+        await self._sleep(wait_s, deadline, failure)
+
+    async def _sleep(self, wait_s: float | None, deadline: float, failure: RpcError) -> None:
+        """Waits before another attempt.
+
+        Raises:
+            RpcError: the failure of the last one, if there shall be none, or it would come too late.
+        """
+        if wait_s is None or time.monotonic() + wait_s >= deadline:
+            raise failure
+        await asyncio.sleep(wait_s)
+        if self._is_closed:
+            raise ClientClosedError("the client was closed during the call")
 
     def _pushed_back_s(self, failure: RpcError, attempt: int) -> float | None:
         if failure.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or failure.retry_after_s is None:
@@ -503,6 +602,7 @@ def _connection(channel: grpc.aio.Channel) -> _Connection:
         cast("ModelServiceAsyncStub", model_pb2_grpc.ModelServiceStub(channel)),
         cast("RolloutServiceAsyncStub", rollout_pb2_grpc.RolloutServiceStub(channel)),
         cast("_Method[bytes, bytes]", cast("Any", channel).unary_unary(_health.METHOD)),
+        cast("_joining.Method", cast("Any", channel).unary_stream(_joining.METHOD, None, _FROM_MANY)),
     )
 
 

@@ -24,7 +24,7 @@ _MASKED = "Internal error from Core"
 """What grpc.aio says in place of the server's status if the stream ends while a write is in flight."""
 _CLOSE_TIMEOUT_S = 1.0
 
-Batch = prediction_pb2.PredictRequest | ModelportError
+Batch = prediction_pb2.PredictStreamRequest | ModelportError
 
 
 class Call(Protocol):

@@ -7,12 +7,13 @@ from types import TracebackType
 
 from modelport._async_client import AsyncClient, OnError, make_target, stream_options
 from modelport._bulk import BulkCall
-from modelport._inputs import Inputs
+from modelport._inputs import Inputs, needs_signature
 from modelport._models import ModelChange, ModelInfo
 from modelport._options import MIB, Keepalive, RetryPolicy, StreamOptions, Target, Tls
 from modelport._results import Prediction, StreamResult
 from modelport._rollouts import Rollouts
 from modelport._threads import LoopThread, ThreadedIterator
+from modelport.exceptions import InvalidArgumentError
 
 _RESULTS_AT_ONCE = 4
 """How many results of a stream cross from thread to thread together, if that many are there."""
@@ -57,6 +58,7 @@ class Client:
             max_message_bytes=max_message_bytes,
         )
         self._loop = LoopThread("modelport-client")
+        self._under_way: set[object] = set()  # calls of predict; a number would not survive two threads
         self.rollouts = Rollouts(self._client.rollouts, self._loop)
         """How versions come into service, and how people steer that."""
 
@@ -85,18 +87,28 @@ class Client:
         timeout_s: float | None = None,
     ) -> Prediction:
         """Returns a model's answer to ``inputs``; see ``AsyncClient.predict``."""
-        return self._loop.run(
-            self._client.predict(
-                model,
-                inputs,
-                version=version,
-                alias=alias,
-                signature=signature,
-                outputs=outputs,
-                routing_key=routing_key,
-                timeout_s=timeout_s,
+        target = make_target(model, version, alias, signature, outputs, routing_key)
+        call = object()
+        self._under_way.add(call)
+        try:
+            if len(self._under_way) > 1 and not self._loop.is_here:
+                answer = self._joined(target, inputs, timeout_s)
+                if answer is not None:
+                    return answer
+            return self._loop.run(
+                self._client.predict(
+                    model,
+                    inputs,
+                    version=version,
+                    alias=alias,
+                    signature=signature,
+                    outputs=target.outputs,
+                    routing_key=routing_key,
+                    timeout_s=timeout_s,
+                )
             )
-        )
+        finally:
+            self._under_way.discard(call)
 
     def predict_stream(
         self,
@@ -142,6 +154,19 @@ class Client:
     def wait_ready(self, *, model: str = "", timeout_s: float = 60.0) -> None:
         """Waits until the server takes calls, or the one model can answer; see ``AsyncClient.wait_ready``."""
         self._loop.run(self._client.wait_ready(model=model, timeout_s=timeout_s))
+
+    def _joined(self, target: Target, inputs: Inputs, timeout_s: float | None) -> Prediction | None:
+        """Makes a call together with those of other threads; returns None where it had better be made by itself."""
+        message = self._client.joinable(target, inputs)
+        if message is None:
+            return None
+        try:
+            response = self._client.hand_over(message, timeout_s, self._loop.call_soon)
+        except InvalidArgumentError:
+            if not needs_signature(inputs):
+                raise
+            return None  # perhaps the model is called otherwise by now, which the whole call finds out
+        return self._client.answered(target, response)
 
     def _results(
         self, target: Target, batches: Iterable[Inputs], options: StreamOptions

@@ -48,7 +48,7 @@ class Ending(Enum):
 @dataclass(slots=True)
 class _Batch:
     index: int
-    request: prediction_pb2.PredictRequest | None
+    message: prediction_pb2.PredictStreamRequest | None
     outcome: Prediction | ModelportError | None = None
     is_sent: bool = False
     failures: int = 0
@@ -137,7 +137,7 @@ class Conversation:
         """Whether every batch that was added has its outcome."""
         return all(batch.outcome is not None for batch in self._batches)
 
-    def add(self, batch: prediction_pb2.PredictRequest | ModelportError) -> None:
+    def add(self, batch: prediction_pb2.PredictStreamRequest | ModelportError) -> None:
         """Takes another batch in: a request to send, or what was wrong with it before it could be sent."""
         if isinstance(batch, ModelportError):
             self._batches.append(_Batch(self._added, None, outcome=batch))
@@ -163,11 +163,12 @@ class Conversation:
         if self.ending is not Ending.NONE or (self._sent and not self._answers):
             return None
         batch = next((b for b in self._waiting() if b.ready_at <= now), None)
-        if batch is None or batch.request is None:
+        if batch is None or batch.message is None:
             return None
         batch.is_sent = True
         self._sent.append(batch)
-        return self._message(batch, batch.request)
+        self._address(batch.index, batch.message)
+        return batch.message
 
     def next_time(self) -> float | None:
         """Returns when the next delayed batch is due, by the clock given to ``receive``; None if none is."""
@@ -234,18 +235,20 @@ class Conversation:
     def _waiting(self) -> Iterator[_Batch]:
         return (batch for batch in self._batches if batch.is_waiting)
 
-    def _message(self, batch: _Batch, request: prediction_pb2.PredictRequest) -> prediction_pb2.PredictStreamRequest:
-        request.sequence = batch.index + 1
+    def _address(self, index: int, message: prediction_pb2.PredictStreamRequest) -> None:
+        """Writes into a message what it needs at its place on the connection at hand; it may have been on another."""
+        request = message.request
+        request.sequence = index + 1
+        message.follow = self._is_first and self._options.follow
         if not self._is_first:
             request.ClearField("model")
             request.ClearField("version_choice")
             request.ClearField("signature")
-            return prediction_pb2.PredictStreamRequest(request=request)
+            return
         self._is_first = False
         pin = None if self._options.follow else self.pinned_version
         self._asked_for_pin = self._was_answered and (pin or self._target.version) is not None
         address(request, self._target, pin)
-        return prediction_pb2.PredictStreamRequest(request=request, follow=self._options.follow)
 
     def _on_response(self, response: prediction_pb2.PredictResponse) -> None:
         batch = self._claim(response.sequence)
@@ -320,4 +323,4 @@ class Conversation:
     @staticmethod
     def _settle(batch: _Batch, outcome: Prediction | ModelportError) -> None:
         batch.outcome = outcome
-        batch.request = None
+        batch.message = None

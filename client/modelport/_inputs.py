@@ -63,11 +63,29 @@ def request(arrays: Mapping[str, Array | tensor_pb2.Tensor], target: Target) -> 
     Raises:
         InputError: if an array can't be sent.
     """
-    return prediction_pb2.PredictRequest(
-        inputs=[_tensor(name, array) for name, array in arrays.items()],
-        outputs=target.outputs,
-        routing_key=target.routing_key,
-    )
+    message = prediction_pb2.PredictRequest()
+    write(message, arrays, target)
+    return message
+
+
+def write(
+    message: prediction_pb2.PredictRequest, arrays: Mapping[str, Array | tensor_pb2.Tensor], target: Target
+) -> None:
+    """Writes what ``request`` returns into an empty message, where it has its place already.
+
+    Raises:
+        InputError: if an array can't be sent.
+    """
+    for name, array in arrays.items():
+        if isinstance(array, tensor_pb2.Tensor):
+            message.inputs.append(array)
+            continue
+        try:
+            tensors.write(message.inputs.add(), name, array)
+        except tensors.TensorError as error:
+            raise InputError(f"input {shown(name)}: {error}") from error
+    message.outputs.extend(target.outputs)
+    message.routing_key = target.routing_key
 
 
 def fits(message: prediction_pb2.PredictRequest, max_bytes: int) -> bool:
@@ -158,15 +176,6 @@ def _wire_bytes(array: Array) -> int:
     if array.dtype.kind in "OSUT":
         return sum(4 + len(item) * (4 if isinstance(item, str) else 1) for item in array.ravel().tolist()) + 4
     return array.nbytes
-
-
-def _tensor(name: str, array: Array | tensor_pb2.Tensor) -> tensor_pb2.Tensor:
-    if isinstance(array, tensor_pb2.Tensor):
-        return array
-    try:
-        return tensors.encode(name, array)
-    except tensors.TensorError as error:
-        raise InputError(f"input {shown(name)}: {error}") from error
 
 
 def _is_listed(value: object) -> bool:

@@ -37,7 +37,7 @@ class LoopThread:
             ClientClosedError: if the loop was closed, before or meanwhile.
             RuntimeError: if called in the loop's own thread.
         """
-        if self._is_here:
+        if self.is_here:
             coroutine.close()
             raise RuntimeError("a blocking call in the client's own thread would wait for itself")
         outcome, cancel = self._begun(coroutine)
@@ -58,10 +58,19 @@ class LoopThread:
         Does not wait for it in the loop's own thread, where the garbage collector may end a generator.
         """
         with contextlib.suppress(ClientClosedError):
-            if self._is_here:
+            if self.is_here:
                 self._begun(coroutine)
             else:
                 self.run(coroutine)
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Has ``callback`` called in the loop.
+
+        Raises:
+            ClientClosedError: if the loop is closed.
+        """
+        with self._lock:
+            self._started().call_soon_threadsafe(callback)
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yields what ``items`` does, which runs in the loop and is closed with this generator."""
@@ -81,7 +90,7 @@ class LoopThread:
             return
         future = asyncio.run_coroutine_threadsafe(last(), loop)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-        if self._is_here:
+        if self.is_here:
             return
         try:
             future.result()
@@ -90,7 +99,8 @@ class LoopThread:
             thread.join()
 
     @property
-    def _is_here(self) -> bool:
+    def is_here(self) -> bool:
+        """Whether this is the loop's own thread."""
         return threading.current_thread() is self._thread
 
     def _begun(self, coroutine: Coroutine[Any, Any, T]) -> tuple[Future[T], Callable[[], None]]:

@@ -415,9 +415,12 @@ class Servable:
         """
         if not call.ended:
             self._batcher.submit(call)
-            if self.observers:
-                self._observed[call] = None
-                call.future.add_done_callback(lambda _: self._on_call_ended(call))
+            self._observe(call)
+
+    def _observe(self, call: Call) -> None:
+        if self.observers:
+            self._observed[call] = None
+            call.future.add_done_callback(lambda _: self._on_call_ended(call))
 
     def _on_call_ended(self, call: Call) -> None:
         self._observed.pop(call, None)

@@ -14,6 +14,7 @@ import pytest
 from bench.gates import QUICK
 from bench.loading import VARIANTS
 from bench.peers import CASES, ENGINES
+from bench.sdk import CASES as SDK_CASES
 from bench.shadow import LOADS
 from modelport_server.gates.result import GATES
 
@@ -76,11 +77,14 @@ def test_gates(tmp_path: Path) -> None:
     assert 0 < pooled["strictly"]["calls"] < pooled["during"]["calls"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+WITH_LOADGEN = pytest.mark.skipif(
     subprocess.run(["pkg-config", "--exists", "grpc++"], check=False).returncode != 0 if which("pkg-config") else True,
     reason="the load generator takes gRPC for C++",
 )
+
+
+@pytest.mark.slow
+@WITH_LOADGEN
 def test_peers_without_any(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
     options = ["--servers", "modelport", "--rounds", "1", "--seconds", "0.5", "--environments", str(tmp_path / "peers")]
@@ -93,7 +97,33 @@ def test_peers_without_any(tmp_path: Path) -> None:
     assert all(row["rows_per_s"] > 0 and row["failed"] == 0 for row in rows if row["server"])
 
 
+@pytest.mark.slow
+@WITH_LOADGEN
+def test_sdk_without_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "sdk.json"
+    options = [
+        "--sdks",
+        "modelport",
+        "--models",
+        "light",
+        "--engines",
+        "tensorflow",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.5",
+    ]
+    folders = ["--environments", str(tmp_path / "peers"), "--clients", str(tmp_path / "clients")]
+    command = [sys.executable, "-m", "bench", "sdk", *options, *folders, "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["program"] for row in rows] == [program for case in SDK_CASES for program in case.programs]
+    assert all(row["rows_per_s"] > 0 for row in rows)
+
+
 def test_unknown_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates, peers\n"
+    known = "serving, loading, shadow, gates, peers, sdk"
+    assert done.stderr == f"error: there is no benchmark 'speed': it is one of {known}\n"

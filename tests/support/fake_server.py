@@ -94,6 +94,10 @@ class FakeServer:
     """The rollout service's changes that were asked for: the method and its request."""
 
     requests: list[Request] = field(default_factory=list[Request])
+    messages: list[int] = field(default_factory=list[int])
+    """How many requests each PredictMany had."""
+    knows_many: bool = True
+    """Whether it has PredictMany; else it says what a server without it says."""
     streams: int = 0
     open_streams: int = 0
     healthy: bool = True
@@ -172,6 +176,7 @@ class FakeServer:
         prediction = {
             "Predict": raw.unary_unary_rpc_method_handler(self._predict),
             "PredictStream": raw.stream_stream_rpc_method_handler(self._predict_stream),
+            "PredictMany": raw.unary_stream_rpc_method_handler(self._predict_many),
         }
         models = {
             "GetModel": raw.unary_unary_rpc_method_handler(self._get_model),
@@ -261,6 +266,31 @@ class FakeServer:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(refusal.retry_after_ms)),))
             await context.abort(refusal.code, refusal.text)
             raise
+
+    async def _predict_many(self, message: bytes, context: Context) -> AsyncIterator[bytes]:
+        many = prediction_pb2.PredictManyRequest.FromString(message)
+        self.messages.append(len(many.requests))
+        if not self.knows_many:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        tasks = [asyncio.create_task(self._result(n, joined)) for n, joined in enumerate(many.requests)]
+        try:
+            for ended in asyncio.as_completed(tasks):
+                yield prediction_pb2.PredictManyResponse(results=[await ended]).SerializeToString()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _result(self, index: int, joined: prediction_pb2.JoinedRequest) -> prediction_pb2.JoinedResult:
+        request = joined.request
+        try:
+            async with asyncio.timeout(joined.timeout_us / 1e6 or None):
+                response = (await self.answer(request, self.resolve(request, None))).response
+            return prediction_pb2.JoinedResult(index=index, response=response)
+        except TimeoutError:
+            refused = RefusalError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        except RefusalError as refusal:
+            refused = refusal
+        return prediction_pb2.JoinedResult(index=index, error=error(request.sequence, refused).error)
 
     async def _predict_stream(self, messages: AsyncIterator[bytes], context: Context) -> None:
         self.streams += 1

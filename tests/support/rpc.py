@@ -22,6 +22,7 @@ from tests.support.server import wait_for
 
 PREDICT = "/modelport.v1.PredictionService/Predict"
 PREDICT_STREAM = "/modelport.v1.PredictionService/PredictStream"
+PREDICT_MANY = "/modelport.v1.PredictionService/PredictMany"
 TIMEOUT_S = 60.0
 BACK_TO_NORMAL_S = 5.0
 BIG_MESSAGES = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -91,6 +92,33 @@ def start(channel: grpc.Channel, message: pb.PredictRequest, timeout_s: float = 
             return failed(error)
 
     return wait
+
+
+def start_many(channel: grpc.Channel, message: pb.PredictManyRequest | bytes, timeout_s: float = TIMEOUT_S) -> Any:
+    """Sends a PredictMany call, as raw bytes if it is bytes, and returns the call itself."""
+    raw = message if isinstance(message, bytes) else message.SerializeToString()
+    return _method(channel, "unary_stream", PREDICT_MANY)(raw, timeout=timeout_s)
+
+
+def joined(messages: Sequence[pb.PredictRequest], timeout_s: float = 0.0) -> pb.PredictManyRequest:
+    """Returns the message that joins requests, each with so much time."""
+    timeout_us = round(timeout_s * 1e6)
+    requests = [pb.JoinedRequest(request=message, timeout_us=timeout_us) for message in messages]
+    return pb.PredictManyRequest(requests=requests)
+
+
+def outcomes(call: Any) -> dict[int, Outcome]:
+    """Returns how each request of a PredictMany call ended, in the order of their ends."""
+    found: dict[int, Outcome] = {}
+    codes = {code.value[0]: code for code in grpc.StatusCode}
+    for raw in call:
+        for result in pb.PredictManyResponse.FromString(raw).results:
+            assert result.index not in found
+            if result.WhichOneof("kind") == "response":
+                found[result.index] = Outcome(grpc.StatusCode.OK, "", result.response)
+            else:
+                found[result.index] = Outcome(codes[result.error.code], result.error.message)
+    return found
 
 
 def failed(error: Any) -> Outcome:

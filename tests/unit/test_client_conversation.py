@@ -14,7 +14,6 @@ from modelport._conversation import Conversation, Ending
 from modelport._options import StreamOptions, Target
 from modelport._retry import Retrier
 from modelport.v1.prediction_pb2 import (
-    PredictRequest,
     PredictResponse,
     PredictStreamRequest,
     PredictStreamResponse,
@@ -58,7 +57,7 @@ def sent(books: Conversation, now: float = 0.0) -> list[PredictStreamRequest]:
 
 def add(books: Conversation, count: int) -> None:
     for _ in range(count):
-        books.add(PredictRequest())
+        books.add(PredictStreamRequest())
 
 
 def sequences(messages: list[PredictStreamRequest]) -> list[int]:

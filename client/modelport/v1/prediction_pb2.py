@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from modelport.v1 import tensor_pb2 as modelport_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmodelport/v1/prediction.proto\x12\x0cmodelport.v1\x1a\x19modelport/v1/tensor.proto\"\xc6\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x07version\x18\x02 \x01(\x04H\x00\x12\x0f\n\x05\x61lias\x18\x03 \x01(\tH\x00\x12\x11\n\tsignature\x18\x04 \x01(\t\x12$\n\x06inputs\x18\x05 \x03(\x0b\x32\x14.modelport.v1.Tensor\x12\x0f\n\x07outputs\x18\x06 \x03(\t\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\x13\n\x0brouting_key\x18\x08 \x01(\tB\x10\n\x0eversion_choice\"\x99\x01\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12%\n\x07outputs\x18\x03 \x03(\x0b\x32\x14.modelport.v1.Tensor\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x15\n\rqueue_time_us\x18\x05 \x01(\x04\x12\x16\n\x0e\x65ngine_time_us\x18\x06 \x01(\x04\"U\n\x14PredictStreamRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.modelport.v1.PredictRequest\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xac\x01\n\x15PredictStreamResponse\x12\x31\n\x08response\x18\x01 \x01(\x0b\x32\x1d.modelport.v1.PredictResponseH\x00\x12*\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.modelport.v1.StreamErrorH\x00\x12,\n\x06notice\x18\x03 \x01(\x0b\x32\x1a.modelport.v1.StreamNoticeH\x00\x42\x06\n\x04kind\"g\n\x0bStreamError\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\r\"\xb6\x01\n\x0cStreamNotice\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.modelport.v1.StreamNotice.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\"Q\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fREASON_DRAINING\x10\x01\x12\x1a\n\x16REASON_VERSION_RETIRED\x10\x02\x32\xb9\x01\n\x11PredictionService\x12\x46\n\x07Predict\x12\x1c.modelport.v1.PredictRequest\x1a\x1d.modelport.v1.PredictResponse\x12\\\n\rPredictStream\x12\".modelport.v1.PredictStreamRequest\x1a#.modelport.v1.PredictStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmodelport/v1/prediction.proto\x12\x0cmodelport.v1\x1a\x19modelport/v1/tensor.proto\"\xc6\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x07version\x18\x02 \x01(\x04H\x00\x12\x0f\n\x05\x61lias\x18\x03 \x01(\tH\x00\x12\x11\n\tsignature\x18\x04 \x01(\t\x12$\n\x06inputs\x18\x05 \x03(\x0b\x32\x14.modelport.v1.Tensor\x12\x0f\n\x07outputs\x18\x06 \x03(\t\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\x13\n\x0brouting_key\x18\x08 \x01(\tB\x10\n\x0eversion_choice\"\x99\x01\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12%\n\x07outputs\x18\x03 \x03(\x0b\x32\x14.modelport.v1.Tensor\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x15\n\rqueue_time_us\x18\x05 \x01(\x04\x12\x16\n\x0e\x65ngine_time_us\x18\x06 \x01(\x04\"C\n\x12PredictManyRequest\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.modelport.v1.JoinedRequest\"R\n\rJoinedRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.modelport.v1.PredictRequest\x12\x12\n\ntimeout_us\x18\x02 \x01(\x04\"B\n\x13PredictManyResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.modelport.v1.JoinedResult\"\x84\x01\n\x0cJoinedResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.modelport.v1.PredictResponseH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.modelport.v1.StreamErrorH\x00\x42\x06\n\x04kind\"U\n\x14PredictStreamRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.modelport.v1.PredictRequest\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xac\x01\n\x15PredictStreamResponse\x12\x31\n\x08response\x18\x01 \x01(\x0b\x32\x1d.modelport.v1.PredictResponseH\x00\x12*\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.modelport.v1.StreamErrorH\x00\x12,\n\x06notice\x18\x03 \x01(\x0b\x32\x1a.modelport.v1.StreamNoticeH\x00\x42\x06\n\x04kind\"g\n\x0bStreamError\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\r\"\xb6\x01\n\x0cStreamNotice\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.modelport.v1.StreamNotice.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\"Q\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fREASON_DRAINING\x10\x01\x12\x1a\n\x16REASON_VERSION_RETIRED\x10\x02\x32\x8f\x02\n\x11PredictionService\x12\x46\n\x07Predict\x12\x1c.modelport.v1.PredictRequest\x1a\x1d.modelport.v1.PredictResponse\x12\\\n\rPredictStream\x12\".modelport.v1.PredictStreamRequest\x1a#.modelport.v1.PredictStreamResponse(\x01\x30\x01\x12T\n\x0bPredictMany\x12 .modelport.v1.PredictManyRequest\x1a!.modelport.v1.PredictManyResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,16 +36,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTREQUEST']._serialized_end=273
   _globals['_PREDICTRESPONSE']._serialized_start=276
   _globals['_PREDICTRESPONSE']._serialized_end=429
-  _globals['_PREDICTSTREAMREQUEST']._serialized_start=431
-  _globals['_PREDICTSTREAMREQUEST']._serialized_end=516
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=519
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=691
-  _globals['_STREAMERROR']._serialized_start=693
-  _globals['_STREAMERROR']._serialized_end=796
-  _globals['_STREAMNOTICE']._serialized_start=799
-  _globals['_STREAMNOTICE']._serialized_end=981
-  _globals['_STREAMNOTICE_REASON']._serialized_start=900
-  _globals['_STREAMNOTICE_REASON']._serialized_end=981
-  _globals['_PREDICTIONSERVICE']._serialized_start=984
-  _globals['_PREDICTIONSERVICE']._serialized_end=1169
+  _globals['_PREDICTMANYREQUEST']._serialized_start=431
+  _globals['_PREDICTMANYREQUEST']._serialized_end=498
+  _globals['_JOINEDREQUEST']._serialized_start=500
+  _globals['_JOINEDREQUEST']._serialized_end=582
+  _globals['_PREDICTMANYRESPONSE']._serialized_start=584
+  _globals['_PREDICTMANYRESPONSE']._serialized_end=650
+  _globals['_JOINEDRESULT']._serialized_start=653
+  _globals['_JOINEDRESULT']._serialized_end=785
+  _globals['_PREDICTSTREAMREQUEST']._serialized_start=787
+  _globals['_PREDICTSTREAMREQUEST']._serialized_end=872
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=875
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=1047
+  _globals['_STREAMERROR']._serialized_start=1049
+  _globals['_STREAMERROR']._serialized_end=1152
+  _globals['_STREAMNOTICE']._serialized_start=1155
+  _globals['_STREAMNOTICE']._serialized_end=1337
+  _globals['_STREAMNOTICE_REASON']._serialized_start=1256
+  _globals['_STREAMNOTICE_REASON']._serialized_end=1337
+  _globals['_PREDICTIONSERVICE']._serialized_start=1340
+  _globals['_PREDICTIONSERVICE']._serialized_end=1611
 # @@protoc_insertion_point(module_scope)

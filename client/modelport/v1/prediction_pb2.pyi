@@ -111,6 +111,91 @@ class PredictResponse(google.protobuf.message.Message):
 global___PredictResponse = PredictResponse
 
 @typing.final
+class PredictManyRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: builtins.int
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___JoinedRequest]:
+        """1 to 1,024 of them."""
+
+    def __init__(
+        self,
+        *,
+        requests: collections.abc.Iterable[global___JoinedRequest] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["requests", b"requests"]) -> None: ...
+
+global___PredictManyRequest = PredictManyRequest
+
+@typing.final
+class JoinedRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    TIMEOUT_US_FIELD_NUMBER: builtins.int
+    timeout_us: builtins.int
+    """How long this request may take from when it arrives, in microseconds; 0 for
+    as long as the whole call, which is the most in any case.
+    """
+    @property
+    def request(self) -> global___PredictRequest: ...
+    def __init__(
+        self,
+        *,
+        request: global___PredictRequest | None = ...,
+        timeout_us: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "timeout_us", b"timeout_us"]) -> None: ...
+
+global___JoinedRequest = JoinedRequest
+
+@typing.final
+class PredictManyResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: builtins.int
+    @property
+    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___JoinedResult]: ...
+    def __init__(
+        self,
+        *,
+        results: collections.abc.Iterable[global___JoinedResult] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["results", b"results"]) -> None: ...
+
+global___PredictManyResponse = PredictManyResponse
+
+@typing.final
+class JoinedResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    RESPONSE_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """The request's place in the PredictManyRequest, counted from 0."""
+    @property
+    def response(self) -> global___PredictResponse: ...
+    @property
+    def error(self) -> global___StreamError:
+        """The status that a Predict call would have got."""
+
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        response: global___PredictResponse | None = ...,
+        error: global___StreamError | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "kind", b"kind", "response", b"response"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "index", b"index", "kind", b"kind", "response", b"response"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["response", "error"] | None: ...
+
+global___JoinedResult = JoinedResult
+
+@typing.final
 class PredictStreamRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -161,7 +246,7 @@ global___PredictStreamResponse = PredictStreamResponse
 
 @typing.final
 class StreamError(google.protobuf.message.Message):
-    """One request of a stream failed; the stream goes on."""
+    """One request of a stream, or of several joined ones, failed; the others go on."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -45,6 +45,11 @@ class PredictionServiceStub(object):
                 request_serializer=modelport_dot_v1_dot_prediction__pb2.PredictStreamRequest.SerializeToString,
                 response_deserializer=modelport_dot_v1_dot_prediction__pb2.PredictStreamResponse.FromString,
                 _registered_method=True)
+        self.PredictMany = channel.unary_stream(
+                '/modelport.v1.PredictionService/PredictMany',
+                request_serializer=modelport_dot_v1_dot_prediction__pb2.PredictManyRequest.SerializeToString,
+                response_deserializer=modelport_dot_v1_dot_prediction__pb2.PredictManyResponse.FromString,
+                _registered_method=True)
 
 
 class PredictionServiceServicer(object):
@@ -72,6 +77,18 @@ class PredictionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PredictMany(self, request, context):
+        """Runs several requests, each exactly as a Predict call of its own: it has its
+        own model, version, deadline and outcome, and one that fails fails no other.
+        For callers who have many small calls to make at the same moment. Results come
+        as they are there, in any order, as many to a message as there are at a time;
+        once each request has its result, the stream ends. Cancelling the call gives
+        up all that have none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PredictionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +101,11 @@ def add_PredictionServiceServicer_to_server(servicer, server):
                     servicer.PredictStream,
                     request_deserializer=modelport_dot_v1_dot_prediction__pb2.PredictStreamRequest.FromString,
                     response_serializer=modelport_dot_v1_dot_prediction__pb2.PredictStreamResponse.SerializeToString,
+            ),
+            'PredictMany': grpc.unary_stream_rpc_method_handler(
+                    servicer.PredictMany,
+                    request_deserializer=modelport_dot_v1_dot_prediction__pb2.PredictManyRequest.FromString,
+                    response_serializer=modelport_dot_v1_dot_prediction__pb2.PredictManyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -141,6 +163,33 @@ class PredictionService(object):
             '/modelport.v1.PredictionService/PredictStream',
             modelport_dot_v1_dot_prediction__pb2.PredictStreamRequest.SerializeToString,
             modelport_dot_v1_dot_prediction__pb2.PredictStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PredictMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelport.v1.PredictionService/PredictMany',
+            modelport_dot_v1_dot_prediction__pb2.PredictManyRequest.SerializeToString,
+            modelport_dot_v1_dot_prediction__pb2.PredictManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

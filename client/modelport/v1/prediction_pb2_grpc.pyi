@@ -41,6 +41,18 @@ class PredictionServiceStub:
     answers and with a notice before it: see StreamNotice.
     """
 
+    PredictMany: grpc.UnaryStreamMultiCallable[
+        modelport.v1.prediction_pb2.PredictManyRequest,
+        modelport.v1.prediction_pb2.PredictManyResponse,
+    ]
+    """Runs several requests, each exactly as a Predict call of its own: it has its
+    own model, version, deadline and outcome, and one that fails fails no other.
+    For callers who have many small calls to make at the same moment. Results come
+    as they are there, in any order, as many to a message as there are at a time;
+    once each request has its result, the stream ends. Cancelling the call gives
+    up all that have none.
+    """
+
 class PredictionServiceAsyncStub:
     """Answers with a model's predictions."""
 
@@ -62,6 +74,18 @@ class PredictionServiceAsyncStub:
     A stream stays on the version that it began with unless its first message
     asks to follow. The server may end a stream early, always between two
     answers and with a notice before it: see StreamNotice.
+    """
+
+    PredictMany: grpc.aio.UnaryStreamMultiCallable[
+        modelport.v1.prediction_pb2.PredictManyRequest,
+        modelport.v1.prediction_pb2.PredictManyResponse,
+    ]
+    """Runs several requests, each exactly as a Predict call of its own: it has its
+    own model, version, deadline and outcome, and one that fails fails no other.
+    For callers who have many small calls to make at the same moment. Results come
+    as they are there, in any order, as many to a message as there are at a time;
+    once each request has its result, the stream ends. Cancelling the call gives
+    up all that have none.
     """
 
 class PredictionServiceServicer(metaclass=abc.ABCMeta):
@@ -89,6 +113,20 @@ class PredictionServiceServicer(metaclass=abc.ABCMeta):
         A stream stays on the version that it began with unless its first message
         asks to follow. The server may end a stream early, always between two
         answers and with a notice before it: see StreamNotice.
+        """
+
+    @abc.abstractmethod
+    def PredictMany(
+        self,
+        request: modelport.v1.prediction_pb2.PredictManyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[modelport.v1.prediction_pb2.PredictManyResponse], collections.abc.AsyncIterator[modelport.v1.prediction_pb2.PredictManyResponse]]:
+        """Runs several requests, each exactly as a Predict call of its own: it has its
+        own model, version, deadline and outcome, and one that fails fails no other.
+        For callers who have many small calls to make at the same moment. Results come
+        as they are there, in any order, as many to a message as there are at a time;
+        once each request has its result, the stream ends. Cancelling the call gives
+        up all that have none.
         """
 
 def add_PredictionServiceServicer_to_server(servicer: PredictionServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -107,11 +107,16 @@ def packed(message: Message, max_bytes: int) -> bytes:
     """
     size = message.ByteSize()
     if size > max_bytes:
-        raise TooLargeError(
-            f"the answer of {size} bytes is larger than a message may be, {max_bytes} bytes: "
-            "send fewer rows, or name the outputs that are wanted"
-        )
+        raise too_large(size, max_bytes)
     return message.SerializeToString()
+
+
+def too_large(size: int, max_bytes: int) -> TooLargeError:
+    """Returns the error for an answer of so many bytes."""
+    return TooLargeError(
+        f"the answer of {size} bytes is larger than a message may be, {max_bytes} bytes: "
+        "send fewer rows, or name the outputs that are wanted"
+    )
 
 
 def _to_message(tensor: RawTensor) -> tensor_pb2.Tensor:

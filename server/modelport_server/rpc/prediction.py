@@ -17,6 +17,7 @@ from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of, generic_handler
 from modelport_server.rpc.codec import Request, packed, parse_predict, to_request, to_response
+from modelport_server.rpc.many import PredictMany
 from modelport_server.rpc.status import guarded
 from modelport_server.rpc.streams import PredictStream
 from modelport_server.servable import Servable
@@ -25,7 +26,7 @@ SERVICE = "modelport.v1.PredictionService"
 
 
 class PredictionService:
-    """Answers Predict and PredictStream.
+    """Answers Predict, PredictStream and PredictMany.
 
     Args:
         router: finds the servable.
@@ -44,7 +45,8 @@ class PredictionService:
     def handlers(self) -> Any:
         """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
         streams = {"PredictStream": self._predict_stream}
-        return generic_handler(SERVICE, unary={"Predict": self._predict}, streams=streams)
+        many = {"PredictMany": self._predict_many}
+        return generic_handler(SERVICE, unary={"Predict": self._predict}, streams=streams, answer_streams=many)
 
     def drain(self) -> None:
         """Asks the callers of all streams to go elsewhere."""
@@ -92,6 +94,13 @@ class PredictionService:
     def _check_open(self) -> None:
         if self._refusing:
             raise NotAvailableError("the server is stopping")
+
+    async def _predict_many(self, raw: bytes, context: Context) -> None:
+        await self._counted(context, self._serve_many(raw, context))
+
+    async def _serve_many(self, raw: bytes, context: Context) -> None:
+        self._check_open()
+        await PredictMany(self._router, self._options, context).serve(raw)
 
 
 async def _run(servable: Servable, request: Request, deadline: float) -> Answer:
