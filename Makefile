@@ -63,7 +63,7 @@ demo: $(INSTALLED) ## train, publish, serve, predict and roll out, in a few minu
 
 BENCH ?= serving
 
-bench: $(INSTALLED) ## measure the server on this machine; BENCH=loading, shadow or gates measures rollouts, peers other servers
+bench: $(INSTALLED) ## measure the server on this machine; BENCH=startup measures starts, loading, shadow or gates rollouts, peers other servers
 	@$(BIN)/python -m bench $(BENCH)
 
 protos: $(INSTALLED) ## write the stubs of protos/ anew

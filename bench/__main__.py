@@ -1,4 +1,4 @@
-"""``python -m bench``: ``serving``, the default, ``loading``, ``shadow``, ``gates`` or ``peers``."""
+"""``python -m bench``: ``serving``, the default, ``loading``, ``shadow``, ``gates``, ``peers`` or ``startup``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "loading", "shadow", "gates", "peers")
+BENCHMARKS = ("serving", "loading", "shadow", "gates", "peers", "startup")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from bench.gates import QUICK
 from bench.loading import VARIANTS
 from bench.peers import CASES, ENGINES
 from bench.shadow import LOADS
+from bench.startup import ENGINES as STARTED
 from modelport_server.gates.result import GATES
 
 
@@ -77,6 +78,17 @@ def test_gates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_startup(tmp_path: Path) -> None:
+    rounds = figures("startup", tmp_path)
+    assert [one["engine"] for one in rounds] == list(STARTED)
+    for one in rounds:
+        assert 0 < one["listening_s"] < one["answered_s"]
+        assert [gate["gate"] for gate in one["gates"]] == list(GATES)
+        assert one["memory_mib"]["engine"]["rss"] > 0
+        assert ("zygote" in one["memory_mib"]) == (one["engine"] != "openvino")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     subprocess.run(["pkg-config", "--exists", "grpc++"], check=False).returncode != 0 if which("pkg-config") else True,
     reason="the load generator takes gRPC for C++",
@@ -96,4 +108,7 @@ def test_peers_without_any(tmp_path: Path) -> None:
 def test_unknown_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates, peers\n"
+    assert (
+        done.stderr
+        == "error: there is no benchmark 'speed': it is one of serving, loading, shadow, gates, peers, startup\n"
+    )
