@@ -24,7 +24,7 @@ _RUNS_SHARE = 0.9
 _SHAPES_S = 2.0
 """How long the sizes between may take to run once, in seconds, for each kind of inputs of an engine that compiles
 something for each size."""
-_SMALL = 32
+_SMALL = 16
 """The largest of those sizes, in rows, while nobody is served: then to answer at all comes before what the first batch
 of a large size takes longer (``docs/adr/0052``)."""
 
