@@ -29,7 +29,7 @@ from modelport_server.engines import zygote as zygotes
 from modelport_server.engines._system import threads
 from modelport_server.engines.ahead import Ahead, Begun
 from modelport_server.engines.kinds import OPENVINO
-from modelport_server.engines.parallel import MOST_INSTANCES
+from modelport_server.engines.parallel import MOST_INSTANCES, Parallelism
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.spawner import Child, Spawner
 from modelport_server.gates.result import GATES, SAFETY, Outcome
@@ -157,10 +157,15 @@ async def test_every_gate_tells_what_it_found(root: Path, either: Spawner) -> No
         assert {"first_row_ms", "last_row_ms", "runs"} <= figures["warm-up"].keys()
 
 
-async def test_an_engine_may_have_the_most_instances(root: Path, either: Spawner) -> None:
-    async with _loaded(root, either, EngineLimits(threads=1, instances=MOST_INSTANCES)) as (engine, loaded):
+async def test_an_engine_may_have_many_instances(root: Path, either: Spawner) -> None:
+    many = Parallelism(MOST_INSTANCES, 1)
+    engine = EngineProcess(EngineLimits(), _no_state, either)
+    try:
+        loaded = await engine.load(replace(_order(root), parallelism=many))
+        assert loaded.parallelism == many
         assert _is_forked(engine.pid) == bool(either.pid)
-        assert loaded.parallelism.instances == MOST_INSTANCES
+    finally:
+        await engine.stop()
 
 
 BAD = [
@@ -574,7 +579,7 @@ def begun() -> Generator[Begun]:
 
 async def test_an_engine_that_was_begun_ahead_is_the_first_that_loads(root: Path, begun: Begun) -> None:
     spawner, order = Spawner(Ahead(primed=begun)), replace(_order(root), engine=OPENVINO)
-    first, second = (EngineProcess(EngineLimits(threads=1), _no_state, spawner) for _ in range(2))
+    first, second = (EngineProcess(EngineLimits(), _no_state, spawner) for _ in range(2))
     try:
         for engine in (first, second):
             loaded = await engine.load(order)
@@ -593,7 +598,7 @@ async def test_an_engine_that_died_before_it_was_needed_is_started_anew(
 ) -> None:
     begun.process.kill()
     begun.process.wait()
-    engine = EngineProcess(EngineLimits(threads=1), _no_state, Spawner(Ahead(primed=begun)))
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
     try:
         await engine.load(replace(_order(root), engine=OPENVINO))
     finally:
@@ -603,7 +608,7 @@ async def test_an_engine_that_died_before_it_was_needed_is_started_anew(
 
 async def test_an_engine_that_dies_of_its_import_is_not_the_version_s_fault(root: Path, begun: Begun) -> None:
     begun.process.send_signal(signal.SIGSTOP)
-    engine = EngineProcess(EngineLimits(threads=1), _no_state, Spawner(Ahead(primed=begun)))
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
     loading = asyncio.create_task(engine.load(replace(_order(root), engine=OPENVINO)))
     try:
         await asyncio.sleep(0)  # it waits for the import by now
@@ -616,7 +621,7 @@ async def test_an_engine_that_dies_of_its_import_is_not_the_version_s_fault(root
 
 async def test_a_load_that_is_cancelled_during_the_import_leaves_nothing(root: Path, begun: Begun) -> None:
     begun.process.send_signal(signal.SIGSTOP)
-    engine = EngineProcess(EngineLimits(threads=1), _no_state, Spawner(Ahead(primed=begun)))
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
     loading = asyncio.create_task(engine.load(replace(_order(root), engine=OPENVINO)))
     await asyncio.sleep(0)
     loading.cancel()
@@ -631,7 +636,7 @@ async def test_an_import_ahead_that_takes_for_ever_holds_up_no_load(
 ) -> None:
     monkeypatch.setattr(spawners, "_IMPORT_S", 0.2)
     begun.process.send_signal(signal.SIGSTOP)
-    engine = EngineProcess(EngineLimits(threads=1), _no_state, Spawner(Ahead(primed=begun)))
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
     try:
         await engine.load(replace(_order(root), engine=OPENVINO))
         assert engine.pid != begun.process.pid

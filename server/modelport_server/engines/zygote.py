@@ -29,8 +29,8 @@ from modelport_server.engines._system import at_lowest_priority, live_under, tak
 from modelport_server.engines.ahead import IN_HASTE
 from modelport_server.engines.worker import preload, run_engine
 
-MAX_FDS = 64
-"""More than an engine process with the most instances takes."""
+MAX_FDS = 253
+"""As many as the kernel puts into one message (SCM_MAX_FD); an engine process takes two and more for each instance."""
 _ADOPTION_POLL_S = 0.0002
 _ENDING_S = 1.0
 _ENDING_POLL_S = 0.001
