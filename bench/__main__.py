@@ -1,4 +1,4 @@
-"""``python -m bench``: ``serving``, the default, ``loading``, ``shadow``, ``gates``, ``peers`` or ``sdk``."""
+"""``python -m bench``: one of ``BENCHMARKS``; ``docs/benchmarks.md`` says what they measure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "loading", "shadow", "gates", "peers", "sdk")
+BENCHMARKS = ("serving", "startup", "loading", "shadow", "gates", "peers", "sdk", "scaling")
 
 
 def main() -> None:

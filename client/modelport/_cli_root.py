@@ -28,8 +28,13 @@ def root(
     """Take TensorFlow models from training to traffic: train, publish, serve, predict."""
 
 
-def make_app() -> typer.Typer:
-    """Returns the root with every command that is installed."""
+def make_app(command: str = "") -> typer.Typer:
+    """Returns the root with every command that is installed.
+
+    Args:
+        command: what is going to be run, if that is known: where it is one of a room that takes long to start, no
+            other room is imported for it.
+    """
     app = typer.Typer(
         name="modelport",
         no_args_is_help=True,
@@ -38,7 +43,9 @@ def make_app() -> typer.Typer:
     )
 
     app.callback()(root)
-    for entry in sorted(metadata.entry_points(group=_COMMANDS), key=_place):
+    entries = sorted(metadata.entry_points(group=_COMMANDS), key=_place)
+    its = [entry for entry in entries if entry.name == _BROUGHT_BY.get(command)]
+    for entry in its or entries:
         _add(app, entry)
     return app
 

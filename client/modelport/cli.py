@@ -21,7 +21,7 @@ def main() -> None:
             raise
         sys.exit(_say("the command line needs: pip install 'modelport[cli]'"))
     try:
-        make_app()(prog_name="modelport")
+        make_app(*sys.argv[1:2])(prog_name="modelport")
     except ModelportError as error:
         sys.exit(_say(f"error: {error}"))
     except KeyboardInterrupt:

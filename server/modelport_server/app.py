@@ -14,6 +14,7 @@ from typing import Any
 
 from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
 from modelport_registry import Registry
+from modelport_server.engines.ahead import Ahead
 from modelport_server.errors import StartError
 from modelport_server.options import RpcOptions, ServerOptions
 from modelport_server.rollout.manager import RolloutManager
@@ -41,14 +42,21 @@ class Server:
     Args:
         options: everything that can be set.
         on_listening: called with the port (0 for a Unix socket) once calls are taken.
+        ahead: processes for engines that have been begun already.
     """
 
-    def __init__(self, options: ServerOptions, *, on_listening: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        *,
+        on_listening: Callable[[int], None] | None = None,
+        ahead: Ahead | None = None,
+    ) -> None:
         self._options = options
         self._on_listening = on_listening
         self._router = Router()
         self._board = StatusBoard()
-        self._manager = RolloutManager(options, self._router, self._board)
+        self._manager = RolloutManager(options, self._router, self._board, ahead)
         self._health = Health(self._board)
         self._models = models.ModelService(self._board)
         self._rollouts = rollouts.RolloutService(
@@ -205,19 +213,26 @@ def _shown_address(address: str, port: int) -> str:
     return f"{address.rsplit(':', 1)[0]}:{port}" if port and not address.startswith("unix:") else address
 
 
-def run(options: ServerOptions, *, on_listening: Callable[[int], None] | None = None) -> None:
+def run(
+    options: ServerOptions, *, on_listening: Callable[[int], None] | None = None, ahead: Ahead | None = None
+) -> None:
     """Runs a server until it is told to stop, on uvloop where that is installed.
+
+    Args:
+        options: everything that can be set.
+        on_listening: called with the port (0 for a Unix socket) once calls are taken.
+        ahead: processes for engines that have been begun already.
 
     Raises:
         StartError: if it can't start.
     """
     runner = asyncio.Runner(loop_factory=_loop_factory())
     with runner:
-        runner.run(_serve(options, on_listening))
+        runner.run(_serve(options, on_listening, ahead))
 
 
-async def _serve(options: ServerOptions, on_listening: Callable[[int], None] | None) -> None:
-    await Server(options, on_listening=on_listening).serve()
+async def _serve(options: ServerOptions, on_listening: Callable[[int], None] | None, ahead: Ahead | None) -> None:
+    await Server(options, on_listening=on_listening, ahead=ahead).serve()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -103,7 +103,8 @@ def serve(
     """
     import logging
 
-    from modelport_server import app, options
+    from modelport_server import options
+    from modelport_server.engines import ahead, kinds
 
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -134,4 +135,7 @@ def serve(
             scratch.write_text(f"{port}\n")
             scratch.replace(port_file)
 
-    app.run(chosen, on_listening=on_listening)
+    with ahead.begun(zygote=chosen.forks, primed=chosen.uses(kinds.OPENVINO)) as processes:
+        from modelport_server import app  # the longest import of all: those processes have theirs meanwhile
+
+        app.run(chosen, on_listening=on_listening, ahead=processes)

@@ -316,15 +316,22 @@ class ServerOptions:
         """Returns what a model's versions run on."""
         return self.engines.get(model, self.engines[""])
 
-    @property
-    def uses_tensorflow(self) -> bool:
-        """Whether any model may run on TensorFlow.
+    def uses(self, engine: str) -> bool:
+        """Returns whether any model may run on an engine.
 
         Raises:
             OptionError: if an engine that was asked for is not installed.
         """
-        engines = [engine for rules in self.engines.values() for engine in rules.engines]
-        return kinds.TENSORFLOW in engines
+        return engine in {one for rules in self.engines.values() for one in rules.engines}
+
+    @property
+    def forks(self) -> bool:
+        """Whether engine processes are forked from one that has imported TensorFlow.
+
+        Raises:
+            OptionError: as ``uses``.
+        """
+        return self.uses(kinds.TENSORFLOW) and self.engine.zygote
 
     @property
     def changes_allowed(self) -> bool:

@@ -15,6 +15,7 @@ from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry import Golden, Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.choice import Attempt, Candidate, EngineChoice
 from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.kinds import TENSORFLOW
@@ -22,7 +23,7 @@ from modelport_server.engines.parallel import Parallelism, wide
 from modelport_server.engines.probing import to_raw
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.protocol import Array
-from modelport_server.engines.spawner import ALL_CORES, Spawner
+from modelport_server.engines.spawner import Spawner
 from modelport_server.errors import EngineDiedError, InvalidCallError, NotAvailableError, ServeError
 from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import Probe

@@ -96,6 +96,18 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert help_modules(arguments) & HEAVY == set()
 
 
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        ("serve", {"modelport_trainer", "modelport_registry"}),
+        ("verify", {"modelport_trainer", "modelport_registry"}),
+        ("evaluate", {"modelport_server", "modelport_registry"}),
+    ],
+)
+def test_a_command_does_not_load_rooms_that_it_does_not_take(command: str, absent: set[str]) -> None:
+    assert help_modules([command, "--help"]) & absent == set()
+
+
 def test_help_names_the_commands_of_every_room() -> None:
     shown = subprocess.run([sys.executable, "-m", "modelport", "--help"], capture_output=True, text=True, check=True)
     names = set(re.findall(r"^\W*([a-z]+)  ", shown.stdout, re.MULTILINE))

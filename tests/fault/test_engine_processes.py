@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,8 +23,13 @@ import pytest
 import pytest_asyncio
 
 from modelport_registry import Registry
+from modelport_server.engines import ahead
 from modelport_server.engines import spawner as spawners
+from modelport_server.engines import zygote as zygotes
 from modelport_server.engines._system import threads
+from modelport_server.engines.ahead import Ahead, Begun
+from modelport_server.engines.kinds import OPENVINO
+from modelport_server.engines.parallel import MOST_INSTANCES, Parallelism
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.spawner import Child, Spawner
 from modelport_server.gates.result import GATES, SAFETY, Outcome
@@ -149,6 +155,17 @@ async def test_every_gate_tells_what_it_found(root: Path, either: Spawner) -> No
         assert figures["warm-up"]["batch_sizes"] == [1, 2, 4, 8, 16, 32, 64, 128]
         assert {"resident_mib"} <= figures["load"].keys()
         assert {"first_row_ms", "last_row_ms", "runs"} <= figures["warm-up"].keys()
+
+
+async def test_an_engine_may_have_many_instances(root: Path, either: Spawner) -> None:
+    many = Parallelism(MOST_INSTANCES, 1)
+    engine = EngineProcess(EngineLimits(), _no_state, either)
+    try:
+        loaded = await engine.load(replace(_order(root), parallelism=many))
+        assert loaded.parallelism == many
+        assert _is_forked(engine.pid) == bool(either.pid)
+    finally:
+        await engine.stop()
 
 
 BAD = [
@@ -330,7 +347,7 @@ def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Pa
             command = [sys.executable, "-m", "tests.support.dying_zygote", who, str(path), *map(str, arguments)]
             return subprocess.Popen(command, pass_fds=fds, env={**os.environ, **environment}, process_group=0)
 
-        monkeypatch.setattr(spawners, "_run_module", run)
+        monkeypatch.setattr(ahead, "run_module", run)
         return path
 
     return make
@@ -550,6 +567,133 @@ async def test_a_stop_that_comes_as_the_zygote_is_ready_is_not_lost(
     async with asyncio.timeout(60):
         await (await stopping)
     assert mine.pid == 0
+
+
+@pytest.fixture
+def begun() -> Generator[Begun]:
+    """An engine process that has been begun ahead."""
+    begun = ahead.begin_primed()
+    yield begun
+    begun.end()
+
+
+async def test_an_engine_that_was_begun_ahead_is_the_first_that_loads(root: Path, begun: Begun) -> None:
+    spawner, order = Spawner(Ahead(primed=begun)), replace(_order(root), engine=OPENVINO)
+    first, second = (EngineProcess(EngineLimits(), _no_state, spawner) for _ in range(2))
+    try:
+        for engine in (first, second):
+            loaded = await engine.load(order)
+            assert [result.gate for result in loaded.gates] == list(LOADED_GATES)
+            assert _status(engine.pid)["Seccomp"] == "2"
+            assert "modelport_server.engines.worker" in psutil.Process(engine.pid).cmdline()
+            assert _sockets(engine.pid) == 1
+        assert first.pid == begun.process.pid != second.pid
+    finally:
+        await first.stop()
+        await second.stop()
+
+
+async def test_an_engine_that_died_before_it_was_needed_is_started_anew(
+    root: Path, begun: Begun, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun.process.kill()
+    begun.process.wait()
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
+    try:
+        await engine.load(replace(_order(root), engine=OPENVINO))
+    finally:
+        await engine.stop()
+    assert "an engine process that was begun ahead is of no use" in caplog.text
+
+
+async def test_an_engine_that_dies_of_its_import_is_not_the_version_s_fault(root: Path, begun: Begun) -> None:
+    begun.process.send_signal(signal.SIGSTOP)
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
+    loading = asyncio.create_task(engine.load(replace(_order(root), engine=OPENVINO)))
+    try:
+        await asyncio.sleep(0)  # it waits for the import by now
+        begun.process.kill()
+        await loading
+        assert engine.pid != begun.process.pid
+    finally:
+        await engine.stop()
+
+
+async def test_a_load_that_is_cancelled_during_the_import_leaves_nothing(root: Path, begun: Begun) -> None:
+    begun.process.send_signal(signal.SIGSTOP)
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
+    loading = asyncio.create_task(engine.load(replace(_order(root), engine=OPENVINO)))
+    await asyncio.sleep(0)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    await engine.stop()
+    assert begun.process.poll() == -signal.SIGKILL
+
+
+async def test_an_import_ahead_that_takes_for_ever_holds_up_no_load(
+    root: Path, begun: Begun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawners, "_IMPORT_S", 0.2)
+    begun.process.send_signal(signal.SIGSTOP)
+    engine = EngineProcess(EngineLimits(), _no_state, Spawner(Ahead(primed=begun)))
+    try:
+        await engine.load(replace(_order(root), engine=OPENVINO))
+        assert engine.pid != begun.process.pid
+    finally:
+        await engine.stop()
+
+
+async def test_an_engine_that_is_not_needed_ends(begun: Begun) -> None:
+    before = _children()
+    spawner = Spawner(Ahead(primed=begun))
+    spawner.end_ahead()
+    assert before - _children() == {begun.process.pid}
+    assert await spawner.wake([]) is None
+
+
+async def test_an_engine_that_was_begun_ahead_ends_when_nobody_holds_its_socket(begun: Begun) -> None:
+    begun.control.close()
+    assert await asyncio.to_thread(begun.process.wait, 60) == 0
+
+
+async def test_what_is_begun_ahead_ends_with_the_block() -> None:
+    before = _children()
+    with ahead.begun(zygote=True, primed=True) as processes:
+        assert processes.zygote is not None
+        assert processes.primed is not None
+        assert len(_children() - before) == 2
+    assert _children() == before
+
+
+async def test_a_zygote_that_was_begun_ahead_is_the_first_that_forks(
+    light: Callable[[str], Path], channel: tuple[socket.socket, socket.socket]
+) -> None:
+    light("nobody")
+    zygote = ahead.begin_zygote(in_haste=True)
+    spawner = Spawner(Ahead(zygote=zygote))
+    spawner.start()
+    try:
+        assert spawner.pid == zygote.process.pid
+        child = await spawner.fork([channel[1].fileno()])
+        assert child is not None
+        child.kill()
+        child.wait()
+    finally:
+        await spawner.stop()
+
+
+@pytest.mark.parametrize("in_haste", [True, False])
+async def test_a_zygote_imports_at_the_ordinary_priority_where_nobody_is_served_yet(
+    monkeypatch: pytest.MonkeyPatch, channel: tuple[socket.socket, socket.socket], in_haste: bool
+) -> None:
+    importing: list[int] = []
+    monkeypatch.setattr(
+        zygotes, "preload", lambda: importing.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    )
+    monkeypatch.setattr(zygotes, "_settled_threads", lambda: 2)  # it is unusable, and returns
+    zygotes.Zygote(os.getpid(), channel[1], in_haste=in_haste).serve()
+    assert importing == [os.getpriority(os.PRIO_PROCESS, 0) if in_haste else 19]
 
 
 @pytest.fixture

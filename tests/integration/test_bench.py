@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from bench.__main__ import BENCHMARKS
 from bench.gates import QUICK
 from bench.loading import VARIANTS
 from bench.peers import CASES, ENGINES
+from bench.scaling import MOST_ROWS
 from bench.sdk import CASES as SDK_CASES
 from bench.shadow import LOADS
+from bench.startup import ENGINES as STARTED
 from modelport_server.gates.result import GATES
 
 
@@ -77,6 +80,17 @@ def test_gates(tmp_path: Path) -> None:
     assert 0 < pooled["strictly"]["calls"] < pooled["during"]["calls"]
 
 
+@pytest.mark.slow
+def test_startup(tmp_path: Path) -> None:
+    rounds = figures("startup", tmp_path)
+    assert [one["engine"] for one in rounds] == list(STARTED)
+    for one in rounds:
+        assert 0 < one["listening_s"] < one["answered_s"]
+        assert [gate["gate"] for gate in one["gates"]] == list(GATES)
+        assert one["memory_mib"]["engine"]["rss"] > 0
+        assert ("zygote" in one["memory_mib"]) == (one["engine"] != "openvino")
+
+
 WITH_LOADGEN = pytest.mark.skipif(
     subprocess.run(["pkg-config", "--exists", "grpc++"], check=False).returncode != 0 if which("pkg-config") else True,
     reason="the load generator takes gRPC for C++",
@@ -94,7 +108,22 @@ def test_peers_without_any(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert {row["engine"] for row in rows} == set(ENGINES)
     assert len(rows) == len(ENGINES) * (1 + len(CASES))
-    assert all(row["rows_per_s"] > 0 and row["failed"] == 0 for row in rows if row["server"])
+    assert all(row["rows_per_s"] > 0 and row["failed"] == 0 for row in rows if "server" in row)
+
+
+@pytest.mark.slow
+@WITH_LOADGEN
+def test_scaling(tmp_path: Path) -> None:
+    path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    options = ["--rounds", "1", "--seconds", "0.3", "--models", "3", "--stream-rows", "2000"]
+    command = [sys.executable, "-m", "bench", "scaling", *options, "--json", str(path), "--picture", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert max(row["in_flight"] for row in found["rows_in_flight"]) == MOST_ROWS
+    assert {row["models"] for row in found["many_models"]} == {1, 3}
+    assert found["stream"]["rows"] >= 2000
+    assert picture.stat().st_size > 0
 
 
 @pytest.mark.slow
@@ -125,5 +154,5 @@ def test_sdk_without_the_other(tmp_path: Path) -> None:
 def test_unknown_benchmark() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    known = "serving, loading, shadow, gates, peers, sdk"
+    known = ", ".join(BENCHMARKS)
     assert done.stderr == f"error: there is no benchmark 'speed': it is one of {known}\n"

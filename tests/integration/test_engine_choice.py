@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from modelport_registry import Golden, Registry
 from tests.support.expected import Arrays, Case, by_tensorflow
 from tests.support.rpc import call, engines, open_channel, request
 from tests.support.saved_models import SERVING_DEFAULT
-from tests.support.server import ServerProcess, run_server
+from tests.support.server import ServerProcess, run_server, wait_for
 from tests.support.zoo import INPUTS
 
 OK = grpc.StatusCode.OK
+BEGUN_AHEAD = 6
+"""How many words the command line of an engine process has that was begun ahead: one that was not, has more."""
 READS = {"two_inputs", "signatures"}
 """What OpenVINO can run."""
 WHY_NOT = {
@@ -116,6 +120,30 @@ def test_a_bad_row_is_still_refused(server: ServerProcess) -> None:
 
 def test_one_engine_for_each_version_is_left(server: ServerProcess) -> None:
     assert len(engines(psutil.Process(server.process.pid))) == len(MODELS)
+
+
+def test_what_is_begun_ahead_runs_the_first_version(registry: Registry, tmp_path: Path) -> None:
+    with run_server(registry.root, tmp_path, "--model", "two_inputs", engine="openvino") as server:
+        server.wait_serving("two_inputs")
+        (engine,) = psutil.Process(server.process.pid).children()
+        assert "modelport_server.engines.worker" in engine.cmdline()
+        assert len(engine.cmdline()) == BEGUN_AHEAD
+
+
+def test_nothing_that_is_begun_ahead_is_left_where_nothing_is_loaded(tmp_path: Path) -> None:
+    with run_server(tmp_path / "nothing", tmp_path, engine="openvino") as server:
+        front = psutil.Process(server.process.pid)
+        wait_for(lambda: not front.children(), "what was begun ahead to end", server.alive)
+
+
+def test_a_server_that_cant_listen_leaves_nothing(registry: Registry, tmp_path: Path) -> None:
+    with run_server(registry.root, tmp_path, "--model", "two_inputs", engine="openvino") as server:
+        command = [sys.executable, "-m", "modelport", "serve", "--registry", str(registry.root)]
+        command += ["--address", server.address, "--engine", "auto"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: can't listen on {server.address}")
+    assert "Traceback" not in done.stderr
 
 
 def test_openvino_alone_never_imports_tensorflow(registry: Registry, tmp_path: Path, expected: Expected) -> None:

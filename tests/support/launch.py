@@ -20,7 +20,7 @@ from typing import Any
 
 from modelport.cli import main as modelport
 from modelport_server import options
-from modelport_server.engines import spawner
+from modelport_server.engines import ahead, spawner
 from modelport_server.gates.result import GateResult
 from modelport_server.gates.speed import compare_speed
 from modelport_server.rollout import model
@@ -61,7 +61,8 @@ def main() -> None:
     setattr(options, "EngineLimits", partial(options.EngineLimits, **settings["engine"]))  # noqa: B010
     if settings["stub"]:
         os.environ[HOLD] = settings["hold"]
-        setattr(spawner, "_run_module", _run_stub)  # noqa: B010 - it is not ours
+        for module in (ahead, spawner):
+            setattr(module, "run_module", _run_stub)  # noqa: B010 - it is not ours
         setattr(model, "compare_speed", _compare_speed_at_once)  # noqa: B010
     if settings["spare"]:
         setattr(SpareTime, "there_is", _always)  # noqa: B010

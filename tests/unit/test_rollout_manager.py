@@ -23,6 +23,12 @@ async def test_a_model_that_fails_to_end_leaves_nothing_behind(
     ended: list[str] = []
 
     class Zygote:
+        def __init__(self, ahead: object) -> None:
+            """Takes nothing over."""
+
+        def end_ahead(self) -> None:
+            """Has nothing to end."""
+
         def start(self) -> None:
             """Starts nothing."""
 

@@ -59,6 +59,8 @@ def _warm_up(
     batched: bool = True,
     largest: int = 24,
     limit_s: float = 1000.0,
+    compiles_sizes: bool = False,
+    in_haste: bool = False,
 ) -> WarmedUp:
     return WarmUp(
         engine=machine,
@@ -66,6 +68,8 @@ def _warm_up(
         batched=["serving_default"] if batched else [],
         largest=largest,
         limit_s=limit_s,
+        compiles_sizes=compiles_sizes,
+        in_haste=in_haste,
         clock=machine.clock,
     ).run(golden, requests)
 
@@ -93,6 +97,26 @@ def test_when_time_grows_short_each_size_is_run_once() -> None:
     machine = Machine(lambda run, rows: 10.0)
     _warm_up(machine, limit_s=120.0)
     assert machine.sizes == [1, 1, 2, 2, 4, 4, 8, 16, 24]
+
+
+def test_an_engine_that_compiles_sizes_runs_every_one() -> None:
+    machine = Machine(lambda run, rows: 0.001 * rows)
+    done = _warm_up(machine, largest=24, compiles_sizes=True)
+    assert done.batch_sizes == {1, 2, 4, 8, 16, 24}
+    assert machine.sizes[12:] == sorted(set(range(1, 24)) - {1, 2, 4, 8, 16})
+
+
+@pytest.mark.parametrize(("in_haste", "run"), [(False, {*range(1, 129)}), (True, {*range(1, 17), 32, 64, 128})])
+def test_of_large_sizes_the_powers_of_two_are_enough_while_nobody_is_served(in_haste: bool, run: set[int]) -> None:
+    machine = Machine(lambda run, rows: 0.0001 * rows)
+    _warm_up(machine, largest=128, compiles_sizes=True, in_haste=in_haste)
+    assert set(machine.sizes) == run
+
+
+def test_sizes_are_compiled_for_so_long_and_no_longer() -> None:
+    machine = Machine(lambda run, rows: 0.5)
+    _warm_up(machine, largest=24, compiles_sizes=True)
+    assert machine.sizes[12:] == [3, 5, 6, 7]
 
 
 def test_golden_examples_are_used_as_they_are_where_there_is_no_batch() -> None:

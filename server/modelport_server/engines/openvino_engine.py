@@ -14,6 +14,7 @@ import numpy as np
 
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import InvalidModelError, SignatureSpec, read_graph, read_signatures, with_signature
+from modelport_server.engines._imports import without
 from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.protocol import Array, EngineError
 
@@ -155,8 +156,13 @@ class OpenVINOEngine:
 
 
 def import_openvino() -> Any:
-    """Imports OpenVINO and returns it."""
-    import openvino
+    """Imports OpenVINO without its tools, and returns it.
+
+    They convert models of other frameworks, take most of the time that the import takes, and bring a library that
+    reports how they are used (``docs/adr/0052``).
+    """
+    with without("openvino.tools"):
+        import openvino
 
     return openvino
 

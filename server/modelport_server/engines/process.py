@@ -19,12 +19,13 @@ from modelport.exceptions import ModelportError
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
+from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.cores import BatchTimes, CoreSharing
 from modelport_server.engines.kinds import TENSORFLOW
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.parallel import Parallelism, settled
-from modelport_server.engines.spawner import ALL_CORES, Child, Spawner, end_group, execute, exit_text
+from modelport_server.engines.spawner import Child, Spawner, end_group, execute, exit_text
 from modelport_server.errors import EngineDiedError, ModelFailureError, NotCopiedError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
@@ -161,7 +162,7 @@ class EngineProcess:
         self._ready = asyncio.get_running_loop().create_future()
         self._parallelism = order.parallelism or settled(0, 0, len(ALL_CORES))
         try:
-            await self._start(forked=order.engine == TENSORFLOW)
+            await self._start(order.engine)
             self._begin(gates.INTEGRITY)
             self._send({"op": "load", "size": messages.write_document(self._regions[0][0], self._document(order))})
             return await asyncio.shield(self._ready)
@@ -181,12 +182,13 @@ class EngineProcess:
         result = GateResult(self._gate, Outcome.FAILED, monotonic() - self._gate_began, {}, self._why)
         return RejectedError(self._gate, self._why, (*self._results, result))
 
-    async def _start(self, *, forked: bool) -> None:
-        """Starts the process, from the one that has imported TensorFlow if it is to be ``forked``."""
+    async def _start(self, engine: str) -> None:
+        """Starts the process, where there is one that has imported the engine from that."""
         child: Child | None = None
-        if self._spawner is not None and forked:
+        if self._spawner is not None:
             with self._open() as theirs:
-                child = await self._spawner.fork(self._fds(theirs))
+                fds = self._fds(theirs)
+                child = await self._spawner.fork(fds) if engine == TENSORFLOW else await self._spawner.wake(fds)
         if child is None:
             self._close()
             with self._open() as theirs:

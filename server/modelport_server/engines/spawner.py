@@ -1,4 +1,4 @@
-"""How engine processes are started: forked from the zygote where there is one, else one by one."""
+"""How engine processes are started: forked from the zygote or begun ahead where there is one, else one by one."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
 from modelport_server.engines import _messages as messages
-from modelport_server.engines._system import CORES, adopt_descendants
+from modelport_server.engines._system import adopt_descendants
+from modelport_server.engines.ahead import PRIMED, Ahead, Begun, begin_zygote, run_module
 
 _log = logging.getLogger(__name__)
 
-ALL_CORES = sorted(os.sched_getaffinity(0))
-"""Those that the server began with, whatever it keeps to later."""
-"""Those that the server begins with; later it may keep to some of them."""
 _IMPORT_S = 60.0
 _FORK_S = 30.0
 _SHORT_LIFE_S = 60.0
@@ -119,16 +116,7 @@ def execute(fds: Sequence[int]) -> Child:
     Raises:
         OSError: if it can't be started.
     """
-    return _run_module("worker", [os.getpid(), *fds], fds, {})
-
-
-def _run_module(
-    module: str, arguments: Sequence[int], fds: Sequence[int], environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    # -P: what lies in the folder that the server was started in must not be imported.
-    command = [sys.executable, "-P", "-m", f"modelport_server.engines.{module}", *map(str, arguments)]
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment, CORES: ",".join(map(str, ALL_CORES))}
-    return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
+    return run_module("worker", [os.getpid(), *fds], fds, {})
 
 
 class _Zygote:
@@ -136,12 +124,14 @@ class _Zygote:
 
     The zygote leads a process group. An engine process is born into it, and leaves it when the front hears of
     it: those that it never hears of are what is left of the group when the zygote has ended.
+
+    Args:
+        begun: the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begun: Begun) -> None:
         loop = asyncio.get_running_loop()
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
+        self._process, self._control = begun.process, begun.control
         self._forks: dict[int, asyncio.Future[int | None]] = {}
         self._next = 0
         self._room = asyncio.Event()
@@ -150,15 +140,6 @@ class _Zygote:
         self.ended = asyncio.Event()
         self.unusable = ""
         """Why forking is of no use here, if the zygote has found that."""
-        try:
-            with theirs:
-                # One thread, because what forks must have no other.
-                self._process = _run_module(
-                    "zygote", [os.getpid(), theirs.fileno()], [theirs.fileno()], {"OPENBLAS_NUM_THREADS": "1"}
-                )
-        except OSError:
-            self._control.close()
-            raise
         loop.add_reader(self._control.fileno(), self._on_readable)
 
     @property
@@ -286,9 +267,13 @@ class Spawner:
     """Starts engine processes, and keeps a zygote ready for that.
 
     Before ``start``, after ``stop``, and while no zygote can be had, ``fork`` returns None.
+
+    Args:
+        ahead: processes that have been begun already; what it has, it takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: Ahead | None = None) -> None:
+        self._ahead = ahead if ahead is not None else Ahead()
         self._zygote: _Zygote | None = None
         self._failures = 0
         self._keeper: asyncio.Task[None] | None = None
@@ -303,6 +288,7 @@ class Spawner:
         """Starts a zygote in the background, and another one whenever it dies."""
         if not adopt_descendants():
             _log.warning("engine processes can't be forked here: each imports TensorFlow by itself")
+            self._ahead.end_zygote()
             return
         self._next()
         self._begin_to_keep()
@@ -321,12 +307,17 @@ class Spawner:
 
     def _next(self) -> None:
         try:
-            self._zygote = _Zygote()
+            self._zygote = _Zygote(self._ahead.take_zygote() or begin_zygote())
         except OSError as error:
             _log.warning("the process that engines are forked from can't be started: %s", error)
 
+    def end_ahead(self) -> None:
+        """Ends what was begun ahead and has not been taken: nothing that is loading will."""
+        self._ahead.end()
+
     async def stop(self) -> None:
-        """Ends the zygote; the engine processes that came from it live on."""
+        """Ends the zygote, and what was begun ahead in vain; the engine processes that came from it live on."""
+        self._ahead.end()
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.cancel()
@@ -353,6 +344,34 @@ class Spawner:
             return None
         pid = await zygote.fork(fds)
         return ForkedChild(pid) if pid is not None else None
+
+    async def wake(self, fds: Sequence[int]) -> Child | None:
+        """Makes the process that imports OpenVINO ahead an engine process, once it has done so.
+
+        Args:
+            fds: what it gets: see ``run_engine``.
+
+        Returns:
+            None if there is none. The file descriptors may have been used all the same, as for ``fork``.
+        """
+        primed = self._ahead.take_primed()
+        if primed is None:
+            return None
+        try:
+            async with asyncio.timeout(_IMPORT_S):
+                # Whether it dies of its import must not be taken for the version's fault.
+                if not await asyncio.get_running_loop().sock_recv(primed.control, 1):
+                    raise ConnectionResetError
+            socket.send_fds(primed.control, [PRIMED], list(fds))
+        except OSError:  # TimeoutError is one
+            _log.warning("an engine process that was begun ahead is of no use: it has ended, or takes too long")
+            primed.end()
+            return None
+        except asyncio.CancelledError:
+            primed.end()
+            raise
+        primed.control.close()
+        return primed.process
 
     async def _keep(self) -> None:
         while True:

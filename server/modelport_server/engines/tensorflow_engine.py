@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from modelport_server.engines._imports import without
 from modelport_server.engines.kinds import FLOAT32
 from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.protocol import Array, EngineError
@@ -99,9 +100,13 @@ class TensorFlowEngine:
 
 
 def import_tensorflow() -> Any:
-    """Imports TensorFlow with its start-up messages turned off, and returns it."""
+    """Imports TensorFlow without Keras and with its start-up messages turned off, and returns it.
+
+    A SavedModel needs no Keras, which is 40% of the import, with scikit-learn, SciPy and matplotlib where these are
+    installed (``docs/adr/0052``).
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _quiet_stderr():
+    with _quiet_stderr(), without("keras", "tf_keras"):
         import tensorflow as tf
     return tf
 

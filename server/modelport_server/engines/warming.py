@@ -24,6 +24,9 @@ _RUNS_SHARE = 0.9
 _SHAPES_S = 2.0
 """How long the sizes between may take to run once, in seconds, for each kind of inputs of an engine that compiles
 something for each size."""
+_SMALL = 16
+"""The largest of those sizes, in rows, while nobody is served: then to answer at all comes before what the first batch
+of a large size takes longer (``docs/adr/0052``)."""
 
 _AS_FAST = 0.95
 _WORTH_A_BATCH_S = 0.002
@@ -128,6 +131,8 @@ class WarmUp:
     """How long it may take, in seconds."""
     compiles_sizes: bool = False
     """Whether the engine's first batch of each size takes longer: then the others run once, too, smallest first."""
+    in_haste: bool = False
+    """Whether nobody is served yet: then only small ones of the others run."""
     clock: Callable[[], float] = time.monotonic
     done: WarmedUp = field(default_factory=WarmedUp)
 
@@ -186,7 +191,7 @@ class WarmUp:
 
     def _sizes_between(self, signature: str, inputs: Inputs, row_s: float, end_by: float) -> None:
         run = {*self.done.batch_sizes, *self.done.left_cold}
-        for size in range(1, self.largest):
+        for size in range(1, min(self.largest, _SMALL) if self.in_haste else self.largest):
             if self.clock() + row_s * size > end_by:
                 return
             if size not in run:

@@ -296,6 +296,7 @@ class _Loading:
                 largest=self._order.largest,
                 limit_s=self._limits_s[gates.WARM_UP],
                 compiles_sizes=self._order.engine == OPENVINO,
+                in_haste=self._order.in_haste,
             )
             try:
                 warm_up.run(golden, self._requests())
@@ -343,9 +344,9 @@ def _comparison(answer: Sequence[RawTensor], outputs: Sequence[RawTensor], *, lo
     }
 
 
-def preload() -> None:
+def preload(engine: str = TENSORFLOW) -> None:
     """Imports everything that loading a version needs: a process that is forked after that need not."""
-    _import_engine(TENSORFLOW)
+    _import_engine(engine)
     for module in ("safety", "signature", "warmup_requests"):
         importlib.import_module(f"modelport_server.gates.{module}")
 

@@ -1,6 +1,6 @@
 """The process that engine processes are forked from: it has imported TensorFlow and does nothing else.
 
-Started by ``modelport_server.engines.spawner``; the command line gives the front's pid and the
+Started by ``modelport_server.engines.ahead``; the command line gives the front's pid and the
 socket pair's end. The front sends ``fork`` with the file descriptors of an engine process, and the
 zygote answers ``forked`` with its pid, or ``failed``.
 
@@ -26,9 +26,11 @@ from typing import Never
 
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._system import at_lowest_priority, live_under, take_cores, threads
+from modelport_server.engines.ahead import IN_HASTE
 from modelport_server.engines.worker import preload, run_engine
 
-MAX_FDS = 16
+MAX_FDS = 253
+"""As many as the kernel puts into one message (SCM_MAX_FD); an engine process takes two and more for each instance."""
 _ADOPTION_POLL_S = 0.0002
 _ENDING_S = 1.0
 _ENDING_POLL_S = 0.001
@@ -40,16 +42,21 @@ class Zygote:
     Args:
         front: the front's pid.
         control: the socket pair's end.
+        in_haste: whether it may import at the ordinary priority, because nobody is served yet.
     """
 
-    def __init__(self, front: int, control: socket.socket) -> None:
+    def __init__(self, front: int, control: socket.socket, *, in_haste: bool = False) -> None:
         self._front = front
         self._control = control
+        self._in_haste = in_haste
 
     def serve(self) -> None:
         """Imports what engines need, then forks until the front is gone."""
         started = time.monotonic()
-        at_lowest_priority(preload)
+        if self._in_haste:
+            preload()
+        else:
+            at_lowest_priority(preload)
         if (count := _settled_threads()) > 1:  # a lock that one of them holds would stay locked in every engine
             self._say({"op": "unusable", "reason": f"importing it leaves {count} threads"})
             return
@@ -106,7 +113,7 @@ class Zygote:
                 os._exit(0)
             os.close(says)
             self._control.close()
-            _rename()
+            rename("zygote")
             while os.getppid() == middle:
                 time.sleep(_ADOPTION_POLL_S)
             run_engine(self._front, fds)
@@ -137,11 +144,15 @@ def _no_way_back() -> Generator[None]:
         os._exit(1)
 
 
-def _rename() -> None:
-    """Shows this process as an engine process to those who list processes."""
+def rename(module: str) -> None:
+    """Shows this process as an engine process to those who list processes.
+
+    Args:
+        module: what it was started as; its name has six letters, as ``worker``.
+    """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, see proc(5)
-    old, new = b"engines.zygote", b"engines.worker"
+    old, new = f"engines.{module}".encode(), b"engines.worker"
     at = ctypes.string_at(start, end - start).find(old) if start else -1
     if at >= 0:
         ctypes.memmove(start + at, new, len(new))
@@ -155,7 +166,7 @@ def main() -> None:
     take_cores()
     control = socket.socket(fileno=fd)
     with contextlib.suppress(ConnectionError):
-        Zygote(front, control).serve()
+        Zygote(front, control, in_haste=IN_HASTE in os.environ).serve()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from modelport_registry import Golden, IntegrityError, InvalidModelError, Manifest, Registry
+from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.choice import Candidate, EngineChoice
 from modelport_server.engines.parallel import Parallelism, wide
 from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
-from modelport_server.engines.spawner import ALL_CORES
 from modelport_server.gates.result import INTEGRITY, SPEED, GateResult, Outcome
 from modelport_server.gates.speed import Inputs, Probe, compare_speed, probe_sizes, shared_examples
 from modelport_server.options import EngineLimits

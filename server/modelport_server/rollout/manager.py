@@ -11,6 +11,7 @@ from time import monotonic
 from modelport.exceptions import ModelportError
 from modelport_registry import Manifest, Registry
 from modelport_registry import State as Desired
+from modelport_server.engines.ahead import Ahead
 from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.spawner import Spawner
 from modelport_server.options import ServerOptions
@@ -30,16 +31,18 @@ class RolloutManager:
         options: the server's options.
         router: told which versions answer.
         board: told what there is to know.
+        ahead: processes for engines that have been begun already.
     """
 
-    def __init__(self, options: ServerOptions, router: Router, board: StatusBoard) -> None:
+    def __init__(self, options: ServerOptions, router: Router, board: StatusBoard, ahead: Ahead | None = None) -> None:
         self._options = options
         self._registry = Registry(options.registry)
         self._router = router
         self._board = board
         self._models: dict[str, ModelRollout] = {}
         self._loads = asyncio.Semaphore(options.engine.max_concurrent_loads)
-        self._spawner = Spawner() if options.uses_tensorflow and options.engine.zygote else None
+        self._spawner = Spawner(ahead)
+        self._forks = options.forks
         self._cores = CoreSharing(lambda: sum(rollout.calls for rollout in self._models.values()))
         self._wake = asyncio.Event()
         self._unreadable: dict[str, str] = {}
@@ -49,7 +52,7 @@ class RolloutManager:
 
     async def run(self) -> None:
         """Works until it is cancelled."""
-        if self._spawner is not None:
+        if self._forks:
             self._spawner.start()
         while True:
             view = await asyncio.to_thread(self._look)
@@ -70,6 +73,8 @@ class RolloutManager:
                 self._failed[name] = repr(error)
             else:
                 self._failed.pop(name, None)
+        if not any(rollout.loading for rollout in self._models.values()):
+            self._spawner.end_ahead()  # what is loaded later can wait for an import, or is forked
         self._cores.copy_to({rollout.copied_to for rollout in self._models.values()} - {0})
 
     async def _act_on_news(self, duration_s: float) -> None:
@@ -179,5 +184,4 @@ class RolloutManager:
                     _log.error("%s: its engines could not be ended", name, exc_info=error)
         finally:
             await self._cores.stop()
-            if self._spawner is not None:
-                await self._spawner.stop()
+            await self._spawner.stop()

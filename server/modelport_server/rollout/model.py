@@ -139,6 +139,11 @@ class ModelRollout:
         return servable.pid if servable is not None and not servable.has_callers else 0
 
     @property
+    def loading(self) -> bool:
+        """Whether any of its versions is on its way through the gates, or may be once what is decided is written."""
+        return self._decisions.busy or any(tracked.state in COMING for tracked in self._versions.values())
+
+    @property
     def baking(self) -> bool:
         """Whether a candidate is being compared, or its time is running."""
         rollout = self.desired.rollout
