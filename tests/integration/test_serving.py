@@ -33,7 +33,7 @@ def server(
 ) -> Generator[ServerProcess]:
     scratch = tmp_path_factory.mktemp("serving")
     publish_tag(scratch / "registry", "toy", 1)
-    with run_server(scratch / "registry", scratch, "--threads", "1", "--max-enqueued-rows", "64") as server:
+    with run_server(scratch / "registry", scratch, "--instances", "1", "--max-enqueued-rows", "64") as server:
         server.wait_serving("toy", 1)
         yield server
     log = server.log.read_text()

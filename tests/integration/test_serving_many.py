@@ -50,7 +50,7 @@ def server(
     for tag in (1, 2):
         publish_tag(scratch / "registry", "toy", tag)
     Registry(scratch / "registry").set_alias("toy", "old", 1)
-    with run_server(scratch / "registry", scratch, "--threads", "1", "--max-enqueued-rows", "64") as server:
+    with run_server(scratch / "registry", scratch, "--instances", "1", "--max-enqueued-rows", "64") as server:
         server.wait_serving("toy")
         server.wait_state("toy", 1, "AVAILABLE")
         yield server
