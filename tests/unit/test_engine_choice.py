@@ -270,7 +270,7 @@ async def test_all_cores_for_a_batch_are_not_tried_where_rows_are_short() -> Non
 
 
 async def test_all_cores_for_a_batch_are_taken_where_a_row_is_the_sooner_done() -> None:
-    times = {"tensorflow": lambda rows: 40_000 * rows, "tensorflow wide": lambda rows: 11_000 * rows}
+    times: dict[str, RowUs] = {"tensorflow": lambda rows: 40_000 * rows, "tensorflow wide": lambda rows: 11_000 * rows}
     machine = Machine(times, single_row_ms=40.0)
     chosen = await machine.choose(ONE)
     assert chosen.loaded.parallelism == WIDE
@@ -280,7 +280,7 @@ async def test_all_cores_for_a_batch_are_taken_where_a_row_is_the_sooner_done() 
 
 
 async def test_several_batches_at_once_are_kept_where_more_threads_gain_little() -> None:
-    times = {"tensorflow": lambda rows: 40_000 * rows, "tensorflow wide": lambda rows: 30_000 * rows}
+    times: dict[str, RowUs] = {"tensorflow": lambda rows: 40_000 * rows, "tensorflow wide": lambda rows: 30_000 * rows}
     machine = Machine(times, single_row_ms=40.0)
     chosen = await machine.choose(ONE)
     assert chosen.loaded.parallelism == NARROW

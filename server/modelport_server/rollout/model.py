@@ -33,7 +33,7 @@ from modelport_server.engines.spawner import Spawner
 from modelport_server.gates.result import INTEGRITY, LOAD, SIGNATURE, SPEED, Outcome
 from modelport_server.gates.signature import SignatureChangedError, check_signatures
 from modelport_server.gates.speed import compare_speed, probe_sizes, shared_examples
-from modelport_server.options import ServerOptions
+from modelport_server.options import BatchLimits, ServerOptions
 from modelport_server.rollout import policy, reporting
 from modelport_server.rollout.bake import Bake
 from modelport_server.rollout.comparison import VerdictKind
@@ -416,7 +416,7 @@ class ModelRollout:
                 servable,
                 shared_examples(golden, beside.manifest.signatures, servable.manifest.signatures) if beside else {},
                 batched=[name for name in servable.signatures if beside and _both_batch(name, beside, servable)],
-                sizes=probe_sizes(self._options.batch.max_batch_size),
+                sizes=probe_sizes(self._batch_limits(tracked.version).max_batch_size),
                 max_ratio=self.desired.policy.max_speed_ratio,
                 limit_s=self._options.engine.speed_timeout_s,
                 has_callers=lambda: beside is not None and beside.has_callers,
@@ -459,14 +459,10 @@ class ModelRollout:
         rules = self._options.engine_rules(self._name)
         groups = candidates(rules.engines, rules.precision)
         golden = await asyncio.to_thread(self._registry.golden, self._name, number)
-        stable = self._stable_beside(number)
-        batch = self._options.batch
-        if batch.adaptive and stable is not None and stable.servable is not None:
-            batch = replace(batch, max_batch_size=stable.servable.batch_size)
         return Servable(
             self._order(number),
             manifest,
-            batch,
+            self._batch_limits(number),
             self._options.engine,
             on_state=lambda state: self._on_engine_state(tracked, state),
             on_rejected=lambda gate, reason: self._spawn(self._lose(tracked, gate, reason)),
@@ -483,13 +479,20 @@ class ModelRollout:
             self._options.registry,
             self._name,
             number,
-            self._options.batch.max_batch_size,
+            self._batch_limits(number).max_batch_size,
             allow_ops=rules.allow_ops,
             baseline=stable.manifest.signatures if stable is not None and stable.manifest is not None else None,
             allow_signature_changes=rules.allow_signature_changes,
             in_haste=not self._router.answers,
             parallelism=self._parallelism(stable),
         )
+
+    def _batch_limits(self, number: int) -> BatchLimits:
+        """Returns the bounds of a version's batches: a candidate's are as large as those that it is compared with."""
+        batch, stable = self._options.batch, self._stable_beside(number)
+        if not batch.adaptive or stable is None or stable.servable is None:
+            return batch
+        return replace(batch, max_batch_size=stable.servable.batch_size)
 
     def _parallelism(self, stable: Tracked | None) -> Parallelism | None:
         """Returns how many batches of a candidate run at once: as many as of the version that it is compared with."""
