@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "startup", "loading", "shadow", "gates", "peers", "sdk", "scaling")
+BENCHMARKS = ("serving", "startup", "loading", "shadow", "gates", "peers", "sdk", "scaling", "cost")
 
 
 def main() -> None:

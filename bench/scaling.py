@@ -71,9 +71,9 @@ class Stage:
         load = [seconds, concurrency, kind, window, channels]
         return [*map(str, [self._loadgen, self.target, method, path, *load])]
 
-    def measure(self, model: str, rows: int, seconds: float, concurrency: int) -> dict[str, Any]:
-        """Returns what ``loadgen`` says of calls in a closed loop."""
-        command = self.command(model, rows, seconds, concurrency)
+    def measure(self, model: str, rows: int, seconds: float, concurrency: int, *, window: int = 0) -> dict[str, Any]:
+        """Returns what ``loadgen`` says of calls, or with a window of streams, in a closed loop."""
+        command = self.command(model, rows, seconds, concurrency, window=window)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         result: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"failed": 1, "error": done.stderr[-500:]}
         if result["failed"]:
