@@ -221,6 +221,14 @@ def test_batches_gain_from_cores_that_they_keep_busy() -> None:
     assert not times.gain(1), "short ones lose more by a tick"
 
 
+def test_batches_that_run_at_once_keep_a_core_busy_each() -> None:
+    times = BatchTimes()
+    for _ in range(20):
+        times.add(0.02, 0.02, 0.01)  # two at a time, on a thread each
+    assert times.gain(1)
+    assert not times.gain(2)
+
+
 async def test_one_that_ended_meanwhile_is_no_trouble() -> None:
     async with _shared(BatchTimes()) as (cores, serving, _):
         with _process(SLEEP) as other, _process(SLEEP) as another:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from modelport_server.engines.instances import CPUShares, Instances, OnAllInstances
+from modelport_server.engines.instances import Instances, OnAllInstances, TimeShares
 from modelport_server.engines.parallel import ALONE, Parallelism, settled, wide
 from modelport_server.engines.protocol import Array, EngineError
 
@@ -82,9 +82,9 @@ def test_a_run_is_run_on_each_instance() -> None:
             everywhere.run("serving_default", {"x": np.zeros(2)})
 
 
-def test_processor_time_is_divided_among_those_that_run_at_the_time() -> None:
+def test_time_is_divided_among_those_that_run_at_the_time() -> None:
     now = [10.0]
-    shares = CPUShares(lambda: now[0])
+    shares = TimeShares(lambda: 1.5 * now[0], lambda: now[0])
     with shares.share() as first:
         now[0] += 1
         with shares.share() as second:
@@ -93,7 +93,8 @@ def test_processor_time_is_divided_among_those_that_run_at_the_time() -> None:
     now[0] += 100
     with shares.share() as third:
         now[0] += 3
-    assert (first.cpu_s, second.cpu_s, third.cpu_s) == (5, 2, 3)
+    assert [share.busy_s for share in (first, second, third)] == [5, 2, 3]
+    assert [share.cpu_s for share in (first, second, third)] == [7.5, 3, 4.5]
 
 
 @pytest.mark.parametrize(

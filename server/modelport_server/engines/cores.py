@@ -49,13 +49,20 @@ class BatchTimes:
         self.confined = False
         """Whether the engine has fewer cores than there are: then nothing shows how many it would use."""
 
-    def add(self, seconds: float, cpu_s: float) -> None:
-        """Counts a batch: how long it took, and the processor time of all threads."""
+    def add(self, seconds: float, cpu_s: float, busy_s: float | None = None) -> None:
+        """Counts a batch.
+
+        Args:
+            seconds: how long it took.
+            cpu_s: the processor time of all threads.
+            busy_s: its part of the time in which the engine was busy: less if others ran at the same time. None: all
+                of it.
+        """
         self._turn()
         total, squares = self._now
         self._now = (total + seconds, squares + seconds * seconds)
         if seconds > _LONG_S and not self.confined:
-            self._long_s = _FADING * self._long_s + seconds
+            self._long_s = _FADING * self._long_s + (seconds if busy_s is None else busy_s)
             self._long_cpu_s = _FADING * self._long_cpu_s + cpu_s
 
     def gain(self, cores: int) -> bool:

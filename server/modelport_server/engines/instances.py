@@ -91,25 +91,32 @@ class OnAllInstances:
 
 @dataclass(eq=False, slots=True)
 class Share:
-    """What a batch has had of the process's processor time, in seconds."""
+    """What a batch has had of the process's time, in seconds."""
 
     cpu_s: float = 0.0
+    """Of its processor time."""
+    busy_s: float = 0.0
+    """Of the time in which it ran any batch: less than the batch took if others ran at the same time."""
 
 
-class CPUShares:
-    """Divides the processor time of a process among the batches that run at the time, in equal parts.
+class TimeShares:
+    """Divides the time of a process among the batches that run at the time, in equal parts.
 
     Threads of an engine work for whichever batch has something to do, so that nobody could tell it apart.
 
     Args:
-        clock: returns the processor time of all threads, in seconds.
+        cpu_clock: returns the processor time of all threads, in seconds.
+        clock: returns the time, in seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+    def __init__(
+        self, cpu_clock: Callable[[], float] = time.process_time, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._cpu_clock = cpu_clock
         self._clock = clock
         self._lock = threading.Lock()
         self._running: list[Share] = []
-        self._seen_s = 0.0
+        self._seen = (0.0, 0.0)
 
     @contextmanager
     def share(self) -> Generator[Share]:
@@ -126,7 +133,8 @@ class CPUShares:
                 self._running.remove(share)
 
     def _settle(self) -> None:
-        now_s = self._clock()
-        spent_s, self._seen_s = now_s - self._seen_s, now_s
+        before, self._seen = self._seen, (self._cpu_clock(), self._clock())
+        cpu_s, passed_s = (now - then for now, then in zip(self._seen, before, strict=True))
         for share in self._running:
-            share.cpu_s += spent_s / len(self._running)
+            share.cpu_s += cpu_s / len(self._running)
+            share.busy_s += passed_s / len(self._running)

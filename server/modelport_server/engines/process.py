@@ -326,7 +326,7 @@ class EngineProcess:
             self._free.append(slot)
             future.set_exception(_failure(reply))
         else:
-            self._times.add(reply["us"] / 1e6, reply["cpu_us"] / 1e6)
+            self._times.add(reply["us"] / 1e6, reply["cpu_us"] / 1e6, reply["busy_us"] / 1e6)
             outputs = messages.read(self._regions[slot][1], reply["outputs"], reply["size"])
             future.set_result(BatchOutput(outputs, reply["us"], partial(self._free.append, slot), reply["cpu_us"]))
 

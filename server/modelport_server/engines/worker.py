@@ -23,7 +23,7 @@ from modelport_registry import JSON, Golden, IntegrityError, InvalidModelError, 
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines._system import Priority, close_network, live_under, take_cores
-from modelport_server.engines.instances import CPUShares, Instances, OnAllInstances
+from modelport_server.engines.instances import Instances, OnAllInstances, TimeShares
 from modelport_server.engines.kinds import OPENVINO, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.parallel import Parallelism
@@ -72,7 +72,7 @@ class Worker:
         self._channel = channel
         self._slots = slots
         self._engine: Engine | None = None
-        self._cpu = CPUShares()
+        self._shares = TimeShares()
 
     def serve(self) -> None:
         """Loads the version that the first message names, then answers until the front is gone."""
@@ -111,10 +111,10 @@ class Worker:
             raw = messages.read(inputs_region, message["inputs"], message["size"])
             inputs = {tensor.name: array_from_bytes(tensor.dtype, tensor.shape, tensor.data) for tensor in raw}
             started = time.monotonic()
-            with self._cpu.share() as share:
+            with self._shares.share() as share:
                 outputs = self._engine.run(message["signature"], inputs)
             spent_us = int((time.monotonic() - started) * 1e6)
-            reply |= {"us": spent_us, "cpu_us": int(share.cpu_s * 1e6)}
+            reply |= {"us": spent_us, "cpu_us": int(share.cpu_s * 1e6), "busy_us": int(share.busy_s * 1e6)}
             if message["op"] == "compare":
                 answer = messages.read(inputs_region, message["answer"], message["size"])
                 self._send(reply | {"op": "compared"} | _comparison(answer, _raw(outputs), look=message["look"]))
