@@ -12,10 +12,12 @@ from typing import Any
 from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_ADDRESS, is_valid_name, shown
 from modelport_server.engines import kinds
+from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.parallel import Parallelism, settled
 
 MIB = 1 << 20
-MOST_INSTANCES = 64
+MAX_INSTANCES = 64
+"""The most batches of a version that may be told to run at once."""
 _DAY_S = 86_400.0
 
 
@@ -130,7 +132,7 @@ class EngineRules:
     """Threads that one batch may use; 0, the default, means what suits the machine and the model."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.instances <= MOST_INSTANCES, f"instances must be 0 to {MOST_INSTANCES}")
+        _require(0 <= self.instances <= MAX_INSTANCES, f"instances must be 0 to {MAX_INSTANCES}")
         _require(self.threads >= 0, "threads must not be negative")
         known = (kinds.AUTO, *kinds.ENGINES)
         _require(self.engine in known, f"the engine must be one of {', '.join(known)}, not {shown(self.engine)}")
@@ -145,7 +147,7 @@ class EngineRules:
         """How many batches run at once on how many threads; None if that is left open."""
         if not self.instances and not self.threads:
             return None
-        return settled(self.instances, self.threads, len(os.sched_getaffinity(0)))
+        return settled(self.instances, self.threads, len(ALL_CORES))
 
     @property
     def engines(self) -> tuple[str, ...]:

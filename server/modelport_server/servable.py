@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from modelport.names import DEFAULT_SIGNATURE, shown
@@ -188,6 +188,7 @@ class Servable:
         if self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
             self.batch_size = chosen.loaded.best_size
             self._batcher.limit_batches(self.batch_size)
+        self._order = replace(self._order, in_haste=False)  # once more, it is beside those who answer
         self._candidates, self._golden = ((chosen.candidate,),), ()
         return chosen.loaded
 
@@ -398,6 +399,7 @@ class Servable:
         call = Call(
             signature=served.spec.name,
             key=batch_key(served.spec, arranged) if splittable else (served.spec.name,),
+            shareable=not any(None in (tensor.shape or ())[1:] for tensor in served.spec.outputs),
             inputs=arranged,
             rows=max(rows, 1) if splittable else 1,
             splittable=splittable,

@@ -105,6 +105,7 @@ class BatcherMachine(RuleBasedStateMachine):
     def on_run(self, run: Run) -> None:
         """Checks a batch as the engine gets it."""
         parts = run.batch.parts
+        assert len(self.engine.runs) <= self.engine.slots
         self.check_batch(run)
         for part in parts:
             call = part.call

@@ -10,6 +10,7 @@ import numpy as np
 
 from modelport.tensors import DTYPES, STRING, pack_strings, unpack_strings
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.errors import EngineDiedError
 from modelport_server.tensors import RawTensor, cut_rows, join_rows
 
 ID = DTYPES["int64"]
@@ -97,9 +98,18 @@ class FakeEngine:
     """Called with each batch as it begins."""
     runs: list[Run] = field(default_factory=list[Run])
     """The batches that are under way."""
+    most: int = 0
+    """How many were under way at once."""
+    dead: bool = False
 
-    async def run(self, batch: Batch) -> BatchOutput:
-        """Runs ``batch``: waits for the test."""
+    def run(self, batch: Batch) -> asyncio.Future[BatchOutput]:
+        """Runs ``batch``: waits for the test.
+
+        Raises:
+            EngineDiedError: if it is ``dead``.
+        """
+        if self.dead:
+            raise EngineDiedError("the engine died")
         columns = range(len(batch.parts[0].call.inputs))
         inputs = tuple(
             join_rows([cut_rows(part.call.inputs[i], part.start, part.stop) for part in batch.parts])
@@ -109,12 +119,10 @@ class FakeEngine:
         )
         run = Run(batch, inputs, asyncio.get_running_loop().create_future())
         self.runs.append(run)
-        assert len(self.runs) <= self.slots
+        self.most = max(self.most, len(self.runs))
         self.on_run(run)
-        try:
-            return await run.end
-        finally:
-            self.runs.remove(run)
+        run.end.add_done_callback(lambda _: self.runs.remove(run))
+        return run.end
 
 
 async def settle() -> None:

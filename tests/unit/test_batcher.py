@@ -261,9 +261,19 @@ async def test_calls_that_come_together_run_together() -> None:
     assert [run.ids for run in engine.runs] == [[0, 1, 2, 3]]
 
 
-async def test_an_idle_instance_takes_no_fewer_rows_than_a_busy_one_has() -> None:
+async def _two_instances(**limits: Any) -> tuple[FakeEngine, Batcher]:
+    """Returns an engine that runs two batches at once, and has run a row in 0.1 ms."""
     engine = FakeEngine(slots=3, instances=2)
-    batcher = _batcher(engine)
+    batcher = _batcher(engine, **limits)
+    batcher.submit(new_call([99]))
+    await settle()
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    await settle()
+    return engine, batcher
+
+
+async def test_an_idle_instance_takes_no_fewer_rows_than_a_busy_one_has() -> None:
+    engine, batcher = await _two_instances()
     batcher.submit(new_call([0, 1]))
     await settle()
     batcher.submit(new_call([2]))
@@ -280,9 +290,19 @@ async def test_an_idle_instance_takes_no_fewer_rows_than_a_busy_one_has() -> Non
     assert [run.ids for run in engine.runs] == [[2, 3], [4, 5]]
 
 
+async def test_nobody_waits_for_a_batch_that_takes_long() -> None:
+    engine, batcher = await _two_instances(max_batch_size=1000)
+    long = new_call(range(250))
+    long.shareable = False
+    batcher.submit(long)
+    await settle()
+    batcher.submit(new_call([300]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [list(range(250)), [300]]
+
+
 async def test_what_waits_behind_a_larger_batch_runs_when_that_has_ended() -> None:
-    engine = FakeEngine(slots=3, instances=2)
-    batcher = _batcher(engine)
+    engine, batcher = await _two_instances()
     batcher.submit(new_call([0, 1]))
     await settle()
     batcher.submit(new_call([3]))
@@ -293,19 +313,49 @@ async def test_what_waits_behind_a_larger_batch_runs_when_that_has_ended() -> No
 
 
 async def test_idle_instances_share_a_call_that_is_long_to_run() -> None:
-    engine = FakeEngine(slots=3, instances=2)
-    batcher = _batcher(engine, max_batch_size=8)
-    call = new_call(range(6))
-    batcher.submit(call)  # the batcher begins with an estimate of a millisecond a row
+    engine, batcher = await _two_instances()
+    call = new_call(range(60))
+    batcher.submit(call)
     await settle()
-    assert [run.ids for run in engine.runs] == [[0, 1, 2], [3, 4, 5]]
+    assert [run.ids for run in engine.runs] == [list(range(30)), list(range(30, 60))]
     for run in list(engine.runs):
         run.end.set_result(run.output())
-    assert ids_of((await call.future).outputs[0]) == [0, 1, 2, 3, 4, 5]
-    short = new_call([7, 8])
-    batcher.submit(short)
+    assert ids_of((await call.future).outputs[0]) == list(range(60))
+
+
+@pytest.mark.parametrize(("rows", "shareable"), [(19, True), (60, False)])
+async def test_a_call_runs_in_one_batch(rows: int, shareable: bool) -> None:
+    """Where it is over in no time, or its outputs could come out differently in parts."""
+    engine, batcher = await _two_instances()
+    call = new_call(range(rows))
+    call.shareable = shareable
+    batcher.submit(call)
     await settle()
-    assert [run.ids for run in engine.runs] == [[7, 8]]
+    assert [run.ids for run in engine.runs] == [list(range(rows))]
+
+
+async def test_nothing_is_shared_until_something_has_run() -> None:
+    engine = FakeEngine(slots=3, instances=2)
+    batcher = _batcher(engine)
+    batcher.submit(new_call(range(60)))
+    await settle()
+    assert len(engine.runs) == 1
+
+
+async def test_an_engine_that_is_dead_already_fails_its_calls_and_no_later_ones() -> None:
+    engine = FakeEngine()
+    engine.dead = True
+    batcher = _batcher(engine)
+    call = new_call([1])
+    batcher.submit(call)
+    with pytest.raises(EngineDiedError):
+        await call.future
+    engine.dead = False
+    later = new_call([2])
+    batcher.submit(later)
+    await settle()
+    engine.runs[0].end.set_result(engine.runs[0].output())
+    assert ids_of((await later.future).outputs[0]) == [2]
 
 
 async def test_a_full_batch_waits_in_the_engine_behind_those_that_run() -> None:

@@ -24,6 +24,11 @@ from modelport_server.tensors import RawTensor, join_rows, owned, row_cutter
 
 _log = logging.getLogger(__name__)
 
+_FIRST_RATE = 1000.0
+"""Rows per second that callers are told to wait by until any have run."""
+_RATE_GAIN = 0.1
+_SOON_OVER_S = 0.02
+"""A batch that takes no longer, in seconds, may be waited for."""
 _WORTH_SHARING_S = 0.002
 """How long a batch has to run, in seconds, for it to be worth while to run it in parts: each costs something by itself.
 """
@@ -62,7 +67,8 @@ class Batcher:
         """How many calls wait that run by themselves."""
         self._in_flight: dict[asyncio.Future[BatchOutput], Batch] = {}
         self._dispatching = False
-        self._rows_per_s = 1000.0
+        self._rows_per_s = 0.0
+        """How many rows an instance runs in a second; 0 until that is known."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed: ServeError | None = None
         self._paused = False
@@ -98,7 +104,8 @@ class Batcher:
         if call.deadline <= now:
             raise ExpiredError("the deadline had passed before the call was queued")
         if not self._has_room(call):
-            wait_s = min(max(self._rows / self._rows_per_s, 0.005), 5.0)
+            rate = (self._rows_per_s or _FIRST_RATE) * self._runner.instances
+            wait_s = min(max(self._rows / rate, 0.005), 5.0)
             raise OverloadedError(f"the queue is full: {self._rows} rows wait", retry_after_s=wait_s)
         call.enqueued_at = now
         call.queued = True
@@ -222,8 +229,9 @@ class Batcher:
 
     def _close_oldest(self, keys: list[Key]) -> Batch | None:
         """Takes from the key that has waited longest, full or not: else a busy one would starve it."""
-        most = self._rows_of_a_share()
+        share = self._rows_of_a_share()
         for key in keys:
+            most = share if self._waiting[key][0].shareable else None
             selection = close_batch(self._live(key), self._limits, most=most)
             if selection is not None:
                 return self._take(key, selection.parts)
@@ -233,18 +241,20 @@ class Batcher:
         """Returns how many rows have to wait before they run, be a batch full or not.
 
         While an instance is idle, that is as many as the smallest batch under way has: else a busy server would run
-        ever smaller ones, each of which costs as much again in what it does once for a batch.
+        ever smaller ones, each of which costs as much again in what it does once for a batch. Nobody waits so for
+        a batch that takes long.
         """
         if not self._in_flight:
             return 1
         if len(self._in_flight) >= self._runner.instances:
             return math.inf
-        return min(batch.rows for batch in self._in_flight.values())
+        fewest = min(batch.rows for batch in self._in_flight.values())
+        return fewest if fewest <= _SOON_OVER_S * self._rows_per_s else 1
 
     def _rows_of_a_share(self) -> int:
         """Returns the most rows of a batch, so that no instance is idle while another one has long to run."""
         most, idle = self._limits.max_batch_size, self._runner.instances - len(self._in_flight)
-        if idle > 1 and self._rows > 1:
+        if idle > 1 and self._rows > 1 and self._rows_per_s:
             most = min(most, max(math.ceil(self._rows / idle), math.ceil(_WORTH_SHARING_S * self._rows_per_s)))
         return most
 
@@ -369,7 +379,8 @@ class Batcher:
                         f"the model's output {tensor.name!r} has shape {list(tensor.shape)} for {rows} rows"
                     )
         if output.engine_time_us > 0:
-            self._rows_per_s += 0.1 * (rows / (output.engine_time_us / 1e6) - self._rows_per_s)
+            rate = rows / (output.engine_time_us / 1e6)
+            self._rows_per_s += (_RATE_GAIN if self._rows_per_s else 1.0) * (rate - self._rows_per_s)
         cutters = [row_cutter(tensor) for tensor in output.outputs] if batch.parts[0].call.splittable else None
         first = 0
         for part in batch.parts:
@@ -406,6 +417,6 @@ def _join_pieces(pieces: Sequence[tuple[RawTensor, ...]]) -> tuple[RawTensor, ..
     for piece in pieces[1:]:
         if [(t.name, t.dtype, t.inner) for t in piece] != [(t.name, t.dtype, t.inner) for t in first]:
             raise ModelFailureError(
-                "the call was larger than a batch, and the shapes of the model's outputs differ from batch to batch"
+                "the call ran in several batches, and the shapes of the model's outputs differ from batch to batch"
             )
     return tuple(join_rows(column) for column in zip(*pieces, strict=True))

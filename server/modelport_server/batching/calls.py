@@ -38,6 +38,9 @@ class Call:
     future: asyncio.Future[Answer]
     deadline: float = math.inf
     """When it expires, on the clock that the batcher uses."""
+    shareable: bool = True
+    """Whether idle instances may share its rows though they fit into a batch: what the outputs' sizes follow from could
+    come out differently in parts."""
     movable: bool = False
     """Whether another version may answer it: its caller has named none."""
     enqueued_at: float = 0.0

@@ -26,15 +26,21 @@ class Instances:
 
     def __init__(self, count: int) -> None:
         self._work: list[SimpleQueue[_Work | None]] = [SimpleQueue() for _ in range(count - 1)]
+        self._threads = [
+            threading.Thread(target=_serve, args=(queue,), name=f"instance {number}", daemon=True)
+            for number, queue in enumerate(self._work, 1)
+        ]
 
     def __enter__(self) -> Self:
-        for number, queue in enumerate(self._work, 1):
-            threading.Thread(target=_serve, args=(queue,), name=f"instance {number}", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for queue in self._work:
             queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def run(self, work: _Work) -> None:
         """Runs ``work`` on each thread at the same time, and returns when all have ended.

@@ -205,7 +205,8 @@ class EngineProcess:
         """Makes the socket pair and the slots; returns the engine's end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for side in (ours, theirs):
-            side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * messages.MAX_MESSAGE_BYTES)
+            room = (self.slots + 1) * messages.MAX_MESSAGE_BYTES
+            side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         ours.setblocking(False)
         self._channel = ours
         # The last slot is for copies of calls, which come one after another beside whatever else the engine is at.
@@ -252,11 +253,19 @@ class EngineProcess:
             run = self._running.pop(message["id"], None)
             self._watch_oldest()
             if run is not None:
-                run.on_reply(message)
+                self._take_reply(run, message)
         elif op == "warning":
             _warn_once(message["text"])
         elif self._ready is not None and not self._ready.done():
             self._on_loading(message, self._ready)
+
+    def _take_reply(self, run: _Run, message: messages.Message) -> None:
+        try:
+            run.on_reply(message)
+        except Exception:  # whoever waits must hear of it, and nobody knows what else the process gets wrong
+            _log.exception("an engine's reply can't be read")
+            run.on_death(EngineDiedError("the engine's reply could not be read"))
+            self.kill("its reply could not be read")
 
     def _on_loading(self, message: messages.Message, ready: asyncio.Future[Loaded]) -> None:
         op = message["op"]

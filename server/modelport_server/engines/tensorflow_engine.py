@@ -47,7 +47,9 @@ class TensorFlowEngine:
             os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = mode  # read when the first operation runs
         self._tf = import_tensorflow()
         if parallelism.threads:
-            self._tf.config.threading.set_intra_op_parallelism_threads(parallelism.threads)
+            # All sessions share one pool; with a single thread an operation runs on the thread that it is called on.
+            pool = 1 if parallelism.threads == 1 else parallelism.threads * parallelism.instances
+            self._tf.config.threading.set_intra_op_parallelism_threads(pool)
         with _quiet_stderr():  # these make TensorFlow's thread pools, which take on this thread's priority
             self._tf.constant(0)
             self._session = new_session(self._tf)

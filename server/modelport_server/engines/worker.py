@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Never
@@ -96,9 +97,16 @@ class Worker:
 
     def _answer(self) -> None:
         """Runs what comes until the front is gone; each instance is in here."""
-        with contextlib.suppress(ConnectionError):
+        try:
             while (message := messages.receive(self._channel)) is not None:
                 self._run(message)
+        except ConnectionError:
+            return
+        except (
+            BaseException
+        ):  # else this process would live on with an instance fewer, and the front wait for an answer
+            traceback.print_exc()
+            os._exit(1)
 
     def _send(self, message: messages.Message) -> None:
         self._channel.send(messages.pack(message))
@@ -126,7 +134,7 @@ class Worker:
         except EngineError as error:
             self._send(reply | {"op": "failed", "caller_fault": error.caller_fault, "message": str(error)})
         except OSError:
-            raise  # the front is gone
+            raise  # the front is gone, or there is no memory to share with it
         except Exception as error:  # whatever a model makes us do, the front must hear of it
             text = f"the engine failed: {type(error).__name__}"
             self._send(reply | {"op": "failed", "caller_fault": False, "message": text})
