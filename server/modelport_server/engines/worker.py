@@ -102,9 +102,7 @@ class Worker:
                 self._run(message)
         except ConnectionError:
             return
-        except (
-            BaseException
-        ):  # else this process would live on with an instance fewer, and the front wait for an answer
+        except BaseException:  # else this process would live on, an instance short, and the front wait for an answer
             traceback.print_exc()
             os._exit(1)
 
