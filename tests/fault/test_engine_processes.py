@@ -23,6 +23,7 @@ import pytest
 import pytest_asyncio
 
 from modelport_registry import Registry
+from modelport_server.engines import _messages as messages
 from modelport_server.engines import ahead
 from modelport_server.engines import spawner as spawners
 from modelport_server.engines import zygote as zygotes
@@ -30,12 +31,15 @@ from modelport_server.engines._system import threads
 from modelport_server.engines.ahead import Ahead, Begun
 from modelport_server.engines.kinds import OPENVINO
 from modelport_server.engines.parallel import MOST_INSTANCES, Parallelism
+from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
 from modelport_server.engines.spawner import Child, Spawner
+from modelport_server.errors import EngineDiedError
 from modelport_server.gates.result import GATES, SAFETY, Outcome
 from modelport_server.gates.warmup_requests import WARMUP_REQUESTS
 from modelport_server.options import MIB, BatchLimits, EngineLimits
 from modelport_server.servable import Servable
+from modelport_server.tensors import RawTensor
 from tests.support.bad_versions import bad_golden, doubler_golden
 from tests.support.server import wait_for
 
@@ -166,6 +170,22 @@ async def test_an_engine_may_have_many_instances(root: Path, either: Spawner) ->
         assert _is_forked(engine.pid) == bool(either.pid)
     finally:
         await engine.stop()
+
+
+async def test_a_reply_that_cant_be_read_ends_the_engine(
+    root: Path, spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> tuple[RawTensor, ...]:
+        raise KeyError("there is no such type")
+
+    spec = Registry(root).manifest(GOOD, 1).signatures["serving_default"]
+    async with _loaded(root, spawner) as (engine, _):
+        await probe(engine, spec, {"x": np.ones((2, 4), np.float32)})
+        monkeypatch.setattr(messages, "read", read)
+        with pytest.raises(EngineDiedError, match="could not be read"):
+            await asyncio.wait_for(probe(engine, spec, {"x": np.ones((2, 4), np.float32)}), 30)
+        assert engine.ended.is_set()
+        assert engine.why == "its reply could not be read"
 
 
 BAD = [
