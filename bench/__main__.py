@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "startup", "loading", "shadow", "gates", "peers", "sdk", "scaling", "cost")
+BENCHMARKS = ("serving", "startup", "loading", "shadow", "gates", "peers", "sdk", "scaling", "cost", "accurate")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.__main__ import BENCHMARKS
+from bench.accurate import PRESETS
 from bench.gates import QUICK
 from bench.loading import VARIANTS
 from bench.peers import CASES, ENGINES
@@ -78,6 +79,16 @@ def test_gates(tmp_path: Path) -> None:
     for stretch in ("quiet", "during"):
         assert pooled[stretch]["calls"] == sum(one[stretch]["calls"] for one in found["rounds"])
     assert 0 < pooled["strictly"]["calls"] < pooled["during"]["calls"]
+
+
+def test_accurate(tmp_path: Path) -> None:
+    found = document("accurate", tmp_path)
+    assert [one["preset"] for one in found["rounds"]] == list(PRESETS)
+    for one in found["rounds"]:
+        assert (one["seed"], one["epochs"], one["best_epoch"]) == (1, 1, 1)
+        assert 0 < one["accuracy"] <= 1
+        assert 0 < one["training_s"] < one["command_s"]
+    assert found["summary"]["training_ratio"] == found["summary"]["training_ratio_highest"] > 0
 
 
 @pytest.mark.slow

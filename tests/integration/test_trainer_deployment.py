@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from modelport_registry import Lineage, Registry
-from modelport_trainer import _libraries
+from modelport_trainer import _libraries, presets
+from modelport_trainer.augmentation import Augmentation, augment
 from modelport_trainer.data import Dataset, DataSource, Split
 from modelport_trainer.deployment import (
     classifier_golden,
@@ -19,10 +20,10 @@ from modelport_trainer.deployment import (
     publish_keras,
 )
 from modelport_trainer.errors import ExportError, RunError, TrainingError
-from modelport_trainer.model import HyperParameters, build, summarize
+from modelport_trainer.model import AccurateNetwork, HyperParameters, build, summarize
 from modelport_trainer.prediction import SavedModelPredictor
 from modelport_trainer.run import RunFolder
-from modelport_trainer.training import EpochResult, TrainingOptions, train
+from modelport_trainer.training import EpochResult, TrainingOptions, make_repeatable, train
 
 
 class Quiet:
@@ -128,6 +129,107 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     train(small, some_images(), TrainingOptions(epochs=1), run, Quiet())
     with pytest.raises(RunError, match="of another model"):
         train(large, some_images(), TrainingOptions(epochs=2), run, Quiet())
+
+
+SMALL = AccurateNetwork(stages=((8,), (8,)))
+
+
+def accurate(seed: int, run: Path, listener: Quiet) -> tuple[Any, list[EpochResult]]:
+    """Trains a small accurate network for four epochs."""
+    _, options = presets.choose("accurate", training={"epochs": 4, "batch_size": 8, "seed": seed})
+    make_repeatable(seed)
+    model = build(SMALL, image_shape=(10, 12), classes=2)
+    run.mkdir(exist_ok=True)
+    result = train(model, some_images(), options, RunFolder(run), listener)
+    return model, list(result.history)
+
+
+def bits(model: Any) -> list[bytes]:
+    return [variable.numpy().tobytes() for variable in model.variables]
+
+
+def test_the_accurate_network() -> None:
+    layers = summarize(build(AccurateNetwork(), image_shape=(28, 28), classes=10))
+    stage = ["Conv2D", "MaxPooling2D", "BatchNormalization", "ReLU"]
+    assert [layer.kind for layer in layers] == [
+        *("InputLayer", "Rescaling", "Reshape"),
+        *(*stage, *stage, "Conv2D", "BatchNormalization", "ReLU", *stage),
+        *("Flatten", "Dropout", "Dense"),
+    ]
+    assert layers[-1].output_shape == (None, 10)
+    assert build(AccurateNetwork(), image_shape=(8, 8), classes=3).output.shape == (None, 3)
+
+
+def test_the_accurate_preset_learns_and_keeps_the_contract(tmp_path: Path) -> None:
+    model, history = accurate(1, tmp_path / "run", Quiet())
+    assert history[-1].loss < history[0].loss
+    assert history[-1].learning_rate < history[0].learning_rate <= 0.1
+    images, labels = some_images().images, some_images().labels
+    export_classifier(model, tmp_path / "model")
+    predictor = SavedModelPredictor(tmp_path / "model")
+    assert predictor.input_names == ("images",)
+    answers = predictor.predict({"images": images})
+    assert {name: value.dtype.name for name, value in answers.items()} == {
+        "probabilities": "float32",
+        "classes": "int64",
+    }
+    assert np.mean(answers["classes"] == labels) > 0.9
+    np.testing.assert_allclose(answers["probabilities"], model.predict(images, verbose=0), rtol=0, atol=1e-6)
+    alone = np.concatenate([predictor.predict({"images": image[None]})["probabilities"] for image in images])
+    np.testing.assert_allclose(answers["probabilities"], alone, rtol=0, atol=1e-6)
+
+
+class Interrupted(Quiet):
+    """A listener that ends training after two epochs."""
+
+    def epoch_done(self, result: EpochResult, *, best: bool) -> None:
+        super().epoch_done(result, best=best)
+        if result.epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_the_accurate_preset_is_repeatable_also_when_interrupted(tmp_path: Path) -> None:
+    model, history = accurate(5, tmp_path / "one", Quiet())
+    with pytest.raises(KeyboardInterrupt):
+        accurate(5, tmp_path / "two", Interrupted())
+    resumed, same = accurate(5, tmp_path / "two", Quiet())
+    assert bits(resumed) == bits(model)
+    assert [(epoch.loss, epoch.learning_rate) for epoch in same] == [(e.loss, e.learning_rate) for e in history]
+    other, _ = accurate(6, tmp_path / "three", Quiet())
+    assert bits(other) != bits(model)
+
+
+def test_normalisation_is_that_of_keras() -> None:
+    ours = build(AccurateNetwork(stages=((4,),)), image_shape=(6, 6), classes=2).get_layer("norm_1_1")
+    theirs = _libraries.keras().layers.BatchNormalization(momentum=0.95, epsilon=1e-3)
+    batches = np.random.default_rng(3).normal(2, 3, (3, 64, 3, 3, 4)).astype(np.float32)
+    for batch in batches:
+        np.testing.assert_allclose(ours(batch, training=True), theirs(batch, training=True), rtol=0, atol=1e-4)
+    # TensorFlow's operation has the sample's variance, Keras that of the batch: 1 in 576 more here.
+    for batch in batches:
+        np.testing.assert_allclose(ours(batch, training=False), theirs(batch, training=False), rtol=0, atol=5e-3)
+
+
+def test_augmentation_follows_from_its_generator() -> None:
+    images = some_images().images
+    first, again, other = (augment(images, Augmentation(), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.dtype == np.uint8
+    assert first.shape == images.shape
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    nothing = Augmentation(rotation_degrees=0, scaling=0, slant=0, shift=0)
+    np.testing.assert_array_equal(augment(images, nothing, np.random.default_rng(1)), images)
+
+
+def test_augmentation_changes_images_no_more_than_it_says() -> None:
+    spot = np.zeros((500, 29, 29), np.uint8)
+    spot[:, 14, 14] = 255  # in the middle, so that only a shift moves it
+    moved = augment(spot, Augmentation(shift=0.1), np.random.default_rng(1))
+    rows, _, _ = np.nonzero(moved)
+    assert len(set(rows.tolist())) == 500
+    inside = moved[:, 10:19, 10:19]
+    assert np.count_nonzero(inside) == np.count_nonzero(moved)
+    assert np.count_nonzero(moved[:, 12:17, 12:17]) < np.count_nonzero(moved)
 
 
 def two_by_two(*, named: bool) -> Any:

@@ -158,6 +158,32 @@ def test_killed_and_resumed_comes_to_the_same_bits(trained: Path, tmp_path: Path
     assert Registry(tmp_path / "reg").versions("digits") == [1]
 
 
+def test_the_accurate_preset_is_published_and_resumed_as_it_was_begun(tmp_path: Path) -> None:
+    places: list[str | Path] = ["--run-dir", tmp_path / "run", "-r", tmp_path / "reg"]
+    options: list[str | Path] = ["train", "--preset", "accurate", "--batch-size", "32", *places]
+    made = modelport(*options, "--epochs", "2", "--json", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout)
+    assert told["evaluation"]["accuracy"] > 0.8
+    manifest = Registry(tmp_path / "reg").verify("digits", 1)
+    parameters: Any = manifest.lineage.parameters
+    assert (parameters["preset"], parameters["one_cycle"]["rise"], parameters["network"]["dropout"]) == (
+        "accurate",
+        0.2,
+        0.3,
+    )
+    assert manifest.golden >= 32
+    report = json.loads((tmp_path / "run" / "report" / "training.json").read_text())
+    assert report["parameters"]["preset"] == {"name": "accurate"}
+    for more, message in (
+        (["--epochs", "3"], "was begun with epochs 2, not 3"),
+        (["--epochs", "2", "--preset", "classic"], "was begun with preset accurate, not classic"),
+    ):
+        refused = modelport(*options, *more, "--resume", cwd=tmp_path)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+        assert message in refused.stderr
+
+
 class Images(HTMLParser):
     """Collects where a page's pictures, styles and scripts come from."""
 
@@ -240,6 +266,8 @@ def test_waiting_until_the_version_is_in_charge(trained: Path, tmp_path: Path) -
         (["train", "--filters", "a,b"], "--filters a,b: give whole numbers"),
         (["train", "--filters", "32,64,64,64", "--kernel", "5"], "do not fit on images of 8 x 8"),
         (["train", "--dense-dropout", "1"], "dense_dropout: 1.0 is not a share"),
+        (["train", "--preset", "accurate", "--filters", "8"], "filters: cannot be set with the preset accurate"),
+        (["train", "--preset", "accurate", "--patience", "3"], "patience: cannot be set with the preset accurate"),
         (["train", "--resume"], "no run of digits to resume"),
         (["evaluate", "digits"], "digits"),
         (["evaluate", "digits", "--server", "localhost:1"], "say which images to send"),

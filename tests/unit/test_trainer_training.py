@@ -14,12 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from modelport_trainer import presets
+from modelport_trainer.augmentation import Augmentation
 from modelport_trainer.data import DataSource
 from modelport_trainer.errors import OptionError, RunError
-from modelport_trainer.model import HyperParameters
+from modelport_trainer.model import AccurateNetwork, HyperParameters
 from modelport_trainer.pipeline import PipelineOptions, PublishOptions
 from modelport_trainer.run import RunFolder, next_run_dir
-from modelport_trainer.training import EpochResult, TrainingOptions, best_of, is_over, split_validation, step_size_after
+from modelport_trainer.training import (
+    EpochResult,
+    OneCycle,
+    TrainingOptions,
+    best_of,
+    is_over,
+    split_validation,
+    step_size_after,
+)
 
 
 def history(*val_losses: float) -> list[EpochResult]:
@@ -38,9 +48,60 @@ def test_the_defaults_are_the_classic_ones() -> None:
     assert TrainingOptions(optimizer="sgd").step_size == 0.01
 
 
+def test_the_classic_preset_is_the_defaults() -> None:
+    assert presets.choose("classic") == (HyperParameters(), TrainingOptions())
+    network, options = presets.choose("classic", network={"kernel": 5}, training={"patience": 2, "loss": "mse"})
+    assert network == HyperParameters(kernel=5)
+    assert options == TrainingOptions(patience=2, loss="mse")
+
+
+def test_the_accurate_preset_takes_what_it_has_no_own_value_for() -> None:
+    network, options = presets.choose("accurate", training={"epochs": 3, "batch_size": 32, "seed": 9})
+    assert network == AccurateNetwork()
+    expected = presets.PRESETS["accurate"].training
+    assert options == dataclasses.replace(expected, epochs=3, batch_size=32, seed=9)
+    assert options.one_cycle is not None
+    assert options.augmentation is not None
+
+
+@pytest.mark.parametrize(
+    ("network", "training", "named"),
+    [
+        ({"filters": (8,)}, {}, "filters"),
+        ({"kernel": 5, "dense_units": 8}, {}, "dense_units, kernel"),
+        ({}, {"loss": "crossentropy"}, "loss"),
+        ({}, {"optimizer": "adam", "decay": 0.5}, "decay, optimizer"),
+        ({"pool": 2}, {"patience": 5}, "patience, pool"),
+    ],
+)
+def test_what_contradicts_the_accurate_preset_is_named(
+    network: dict[str, Any], training: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(OptionError, match=f"^{named}: cannot be set with the preset accurate"):
+        presets.choose("accurate", network=network, training=training)
+
+
+def one_cycle(**options: Any) -> TrainingOptions:
+    base: dict[str, Any] = {"optimizer": "sgd", "decay": 1.0, "patience": 0, "one_cycle": OneCycle()}
+    return TrainingOptions(**(base | options))
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
+        (lambda: presets.choose("best"), "preset"),  # type: ignore[arg-type]
+        (lambda: AccurateNetwork(stages=()), "stages"),
+        (lambda: AccurateNetwork(stages=((8,), ())), "stages"),
+        (lambda: AccurateNetwork(stages=((8, 0),)), "stages"),
+        (lambda: AccurateNetwork(dropout=1.0), "dropout"),
+        (lambda: Augmentation(rotation_degrees=181), "rotation_degrees"),
+        (lambda: Augmentation(shift=1.0), "shift"),
+        (lambda: OneCycle(rise=0.0), "rise"),
+        (lambda: OneCycle(label_smoothing=1.0), "label_smoothing"),
+        (lambda: one_cycle(optimizer="adam"), "optimizer"),
+        (lambda: one_cycle(loss="mse"), "loss"),
+        (lambda: one_cycle(decay=0.5), "decay"),
+        (lambda: one_cycle(patience=5), "patience"),
         (lambda: HyperParameters(filters=()), "filters"),
         (lambda: HyperParameters(filters=(32, 0)), "filters"),
         (lambda: HyperParameters(kernel=0), "kernel"),
@@ -74,6 +135,9 @@ def test_small_images_are_refused_before_anything_is_built() -> None:
     HyperParameters().check_fits((6, 6))
     with pytest.raises(OptionError, match="do not fit on images of 5 x 28"):
         HyperParameters().check_fits((5, 28))
+    AccurateNetwork().check_fits((8, 8))
+    with pytest.raises(OptionError, match="do not fit on images of 28 x 7 pixels; need 8 x 8"):
+        AccurateNetwork().check_fits((28, 7))
 
 
 def test_when_training_is_over() -> None:
@@ -139,6 +203,17 @@ def test_a_run_is_resumed_with_its_own_options(tmp_path: Path) -> None:
         pass
     changed = SETTINGS | {"data": {"source": "digits", "sha256": "b"}}
     with pytest.raises(RunError, match="was begun with other data"), run.open(changed, resume=True):
+        pass
+
+
+def test_a_preset_is_not_changed_midway(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with run.open(SETTINGS, resume=False):
+        pass
+    with run.open(SETTINGS | {"preset": "classic"}, resume=True):  # begun when there were no presets
+        pass
+    accurate = SETTINGS | {"preset": "accurate", "cycle": {"epochs": 3}}
+    with pytest.raises(RunError, match="was begun with preset classic, not accurate"), run.open(accurate, resume=True):
         pass
 
 

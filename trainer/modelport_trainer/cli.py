@@ -21,6 +21,7 @@ _INTERRUPTED = 130
 _REDRAW_EVERY_S = 1.0
 
 
+_Preset = Literal["classic", "accurate"]
 _Loss = Literal["crossentropy", "focal", "mse"]
 _Optimizer = Literal["rmsprop", "adam", "sgd"]
 _Data = Annotated[
@@ -47,43 +48,87 @@ def train(
     ] = None,
     data: _Data = None,
     data_dir: _DataDir = None,
+    preset: Annotated[_Preset, typer.Option(help="The network and how it is trained; accurate errs less.")] = "classic",
     filters: Annotated[
-        str, typer.Option(help="Filters of each convolution, with commas.", rich_help_panel="Network")
-    ] = "32,64",
+        str | None,
+        typer.Option(
+            help="Filters of each convolution, with commas.", show_default="32,64", rich_help_panel="Classic network"
+        ),
+    ] = None,
     kernel: Annotated[
-        int, typer.Option(help="Side of a convolution's window, in pixels.", rich_help_panel="Network")
-    ] = 3,
-    pool: Annotated[int, typer.Option(help="Side of the max-pool window; 1 for none.", rich_help_panel="Network")] = 2,
-    pool_dropout: Annotated[float, typer.Option(help="Dropout after the pool.", rich_help_panel="Network")] = 0.25,
-    dense_units: Annotated[int, typer.Option(help="Units of the dense layer.", rich_help_panel="Network")] = 128,
+        int | None,
+        typer.Option(
+            help="Side of a convolution's window, in pixels.", show_default="3", rich_help_panel="Classic network"
+        ),
+    ] = None,
+    pool: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the max-pool window; 1 for none.", show_default="2", rich_help_panel="Classic network"
+        ),
+    ] = None,
+    pool_dropout: Annotated[
+        float | None,
+        typer.Option(help="Dropout after the pool.", show_default="0.25", rich_help_panel="Classic network"),
+    ] = None,
+    dense_units: Annotated[
+        int | None,
+        typer.Option(help="Units of the dense layer.", show_default="128", rich_help_panel="Classic network"),
+    ] = None,
     dense_dropout: Annotated[
-        float, typer.Option(help="Dropout after the dense layer.", rich_help_panel="Network")
-    ] = 0.5,
-    loss: Annotated[_Loss, typer.Option(help="What training minimises.", rich_help_panel="Training")] = "crossentropy",
-    optimizer: Annotated[_Optimizer, typer.Option(help="The optimiser.", rich_help_panel="Training")] = "rmsprop",
+        float | None,
+        typer.Option(help="Dropout after the dense layer.", show_default="0.5", rich_help_panel="Classic network"),
+    ] = None,
+    loss: Annotated[
+        _Loss | None,
+        typer.Option(
+            help="What training minimises; classic alone.", show_default="crossentropy", rich_help_panel="Training"
+        ),
+    ] = None,
+    optimizer: Annotated[
+        _Optimizer | None,
+        typer.Option(help="The optimiser; classic alone.", show_default="rmsprop", rich_help_panel="Training"),
+    ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Step size.", show_default="0.001, sgd 0.01", rich_help_panel="Training"),
+        typer.Option(
+            help="Step size; the highest one of accurate.",
+            show_default="0.001, sgd 0.01, accurate 0.1",
+            rich_help_panel="Training",
+        ),
     ] = None,
     decay: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Factor on the step size after an epoch without a better validation loss; 1 keeps it.",
+            help="Factor on the step size after an epoch without a better validation loss; 1 keeps it; classic alone.",
+            show_default="0.5",
             rich_help_panel="Training",
         ),
-    ] = 0.5,
-    epochs: Annotated[int, typer.Option(help="The most passes over the data.", rich_help_panel="Training")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel="Training")] = 64,
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="The most passes over the data.", show_default="10, accurate 13", rich_help_panel="Training"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per step.", show_default="64, accurate 128", rich_help_panel="Training"),
+    ] = None,
     validation_split: Annotated[
-        float, typer.Option(help="Share of the training images to judge epochs by.", rich_help_panel="Training")
-    ] = 0.2,
-    patience: Annotated[
-        int,
+        float | None,
         typer.Option(
-            help="Stop after so many epochs without a better validation loss; 0: never.",
+            help="Share of the training images to judge epochs by.",
+            show_default="0.2, accurate 0.05",
             rich_help_panel="Training",
         ),
-    ] = 5,
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many epochs without a better validation loss; 0: never; classic alone.",
+            show_default="5",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same result.", rich_help_panel="Training")] = 1,
     run_dir: Annotated[
         Path | None,
@@ -123,30 +168,29 @@ def train(
 
         modelport train --data mnist --epochs 10 --wait
 
+        modelport train --data mnist --preset accurate
+
         modelport train --data-dir /usr/share/datasets/fashion-mnist --model fashion
 
         modelport train --data mnist --resume
 
         modelport train --data mnist --wait --wait-timeout 600
     """
+    from modelport_trainer import presets
     from modelport_trainer._sources import DataSource
-    from modelport_trainer.model import HyperParameters
     from modelport_trainer.pipeline import PipelineOptions, PublishOptions
-    from modelport_trainer.training import TrainingOptions
 
-    source = DataSource.parse(data, data_dir)
-    options = PipelineOptions(
-        name=model if model is not None else source.suggested_name,
-        source=source,
-        network=HyperParameters(
-            filters=_parse_filters(filters),
+    network, training = presets.choose(
+        preset,
+        network=_given(
+            filters=None if filters is None else _parse_filters(filters),
             kernel=kernel,
             pool=pool,
             pool_dropout=pool_dropout,
             dense_units=dense_units,
             dense_dropout=dense_dropout,
         ),
-        training=TrainingOptions(
+        training=_given(
             loss=loss,
             optimizer=optimizer,
             learning_rate=learning_rate,
@@ -157,6 +201,14 @@ def train(
             patience=patience,
             seed=seed,
         ),
+    )
+    source = DataSource.parse(data, data_dir)
+    options = PipelineOptions(
+        name=model if model is not None else source.suggested_name,
+        source=source,
+        preset=preset,
+        network=network,
+        training=training,
     )
     target = PublishOptions(
         registry=registry,
@@ -301,6 +353,11 @@ def _print_answers(answers: Answers, evaluation: Evaluation, page: Path | None, 
         typer.echo("note: this is not the data that the version was trained and first tested on", err=True)
     if page is not None:
         console.print(f"report: {page}", soft_wrap=True)
+
+
+def _given(**options: object) -> dict[str, object]:
+    """Returns the options that were given; the others are for the preset to say."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _parse_filters(text: str) -> tuple[int, ...]:

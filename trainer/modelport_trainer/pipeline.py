@@ -16,8 +16,9 @@ from modelport_trainer import data, deployment, model, training
 from modelport_trainer.data import DataReport, Dataset, DataSource
 from modelport_trainer.errors import OptionError, TrainerError
 from modelport_trainer.evaluation import Evaluation, evaluate
-from modelport_trainer.model import HyperParameters, Layer
+from modelport_trainer.model import HyperParameters, Layer, Network
 from modelport_trainer.prediction import SavedModelPredictor
+from modelport_trainer.presets import PresetName
 from modelport_trainer.report import ReportContent, write_report
 from modelport_trainer.run import RunFolder
 from modelport_trainer.training import TrainingListener, TrainingOptions, TrainingResult
@@ -65,7 +66,9 @@ class PipelineOptions:
     """The model's name in the registry and in the report."""
     source: DataSource
     """Where the data comes from."""
-    network: HyperParameters = field(default_factory=HyperParameters)
+    preset: PresetName = "classic"
+    """What network and training were made from, for the record. Default classic."""
+    network: Network = field(default_factory=HyperParameters)
     """The shape of the network."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """How it is trained."""
@@ -163,12 +166,15 @@ def run_pipeline(
     dataset, found = data.load(options.source)
     options.network.check_fits(dataset.image_shape)
     listener.data_loaded(found)
-    settings = {
+    settings: dict[str, Any] = {
         "model": options.name,
+        "preset": options.preset,
         "data": {"source": str(options.source), "sha256": dataset.sha256},
-        "network": asdict(options.network),
-        "training": asdict(options.training),
+        **_sections(options),
     }
+    if options.training.one_cycle is not None:
+        # Not to be changed when it is resumed, as the epochs of training are: the cycle is as long as they are many.
+        settings["cycle"] = {"epochs": options.training.epochs}
     with run.open(settings, resume=resume):
         trained, layers = _train(options, dataset, run, listener)
         predictor = SavedModelPredictor(run.saved_model)
@@ -187,7 +193,7 @@ def run_pipeline(
             probabilities=answers["probabilities"],
             layers=layers,
             training=trained,
-            parameters={"network": asdict(options.network), "training": asdict(options.training)},
+            parameters={"preset": {"name": options.preset}, **_sections(options)},
         )
         report = write_report(run.report, content)
         listener.tested(evaluation, report)
@@ -204,6 +210,14 @@ def run_pipeline(
         report=report,
         published=published,
     )
+
+
+def _sections(options: PipelineOptions) -> dict[str, dict[str, Any]]:
+    """Returns the options by section; sections that a preset has no use for are left out."""
+    own = asdict(options.training)
+    parts = {name: own.pop(name) for name in ("one_cycle", "augmentation")}
+    used = {name: part for name, part in parts.items() if part is not None}
+    return {"network": asdict(options.network), "training": own, **used}
 
 
 def _check_name(what: str, name: str) -> None:
@@ -306,11 +320,13 @@ def _version_before(registry: Registry, name: str, run: RunFolder, key: Mapping[
 
 
 def _parameters(options: PipelineOptions, found: DataReport, trained: TrainingResult) -> dict[str, JSON]:
+    sections = _sections(options)
+    sections["training"]["learning_rate"] = options.training.step_size
     parameters: dict[str, JSON] = json.loads(
         json.dumps(
             {
-                "network": asdict(options.network),
-                "training": asdict(options.training) | {"learning_rate": options.training.step_size},
+                "preset": options.preset,
+                **sections,
                 "epochs_run": len(trained.history),
                 "best_epoch": trained.best_epoch,
                 "train_rows": found.train_rows,

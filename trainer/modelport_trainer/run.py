@@ -117,9 +117,12 @@ class RunFolder:
 
     def _check_same(self, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         before, now = dict(_flatten(stored)), dict(_flatten(json.loads(json.dumps(settings))))
+        # Runs that were begun when there were no presets name none; their other settings tell.
+        before.setdefault("preset", now.get("preset"))
         if before.get("data.sha256") != now.get("data.sha256"):
             raise RunError(f"{self.path}: was begun with other data; give the same, or another --run-dir")
-        for name in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
+        # The preset first: most of the others follow from it.
+        for name in sorted((before.keys() | now.keys()) - _MAY_DIFFER, key=lambda name: (name != "preset", name)):
             if before.get(name) != now.get(name):
                 option = name.rpartition(".")[2]
                 raise RunError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from modelport_trainer import _libraries
 from modelport_trainer._checks import check_count, check_positive, check_share
+from modelport_trainer.augmentation import Augmentation, augment
 from modelport_trainer.errors import OptionError, RunError, TrainingError
 
 if TYPE_CHECKING:
@@ -31,6 +32,28 @@ _KERAS_LOSSES: dict[LossName, str] = {
 }
 _LOSSES_OF_CLASS_NUMBERS = ("crossentropy",)
 _VALIDATION_BATCH = 512
+_FIRST_SHARE = 0.1
+"""What a cycle begins with, as a share of its highest step size."""
+_ONE_CYCLE_TAKES: dict[str, Any] = {"loss": "crossentropy", "optimizer": "sgd", "decay": 1.0, "patience": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneCycle:
+    """A step size that rises and falls once over all epochs, and what makes it do well."""
+
+    rise: float = 0.2
+    """Share of all steps in which it rises from a tenth of the learning rate to all of it; then it falls to 0."""
+    momentum: float = 0.9
+    """Share of a step that the next one repeats, by Nesterov's rule."""
+    weight_decay: float = 2e-3
+    """Share of a weight that a step takes away, times the step size."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        check_share("rise", self.rise)
+        for name in ("momentum", "weight_decay", "label_smoothing"):
+            check_share(name, getattr(self, name), zero_allowed=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +78,11 @@ class TrainingOptions:
     """Epochs without a better validation loss after which training stops; 0 never stops early."""
     seed: int = 1
     """Decides initial weights, shuffling, dropout and the validation images; 0 to 2**32 - 1."""
+    one_cycle: OneCycle | None = None
+    """Goes through the step sizes once, with ``learning_rate`` as the highest, instead of by ``decay``; None for not.
+    It takes sgd and cross-entropy, and a decay of 1 and a patience of 0, because the last steps count most."""
+    augmentation: Augmentation | None = None
+    """How the images are changed in every epoch; None for not at all."""
 
     def __post_init__(self) -> None:
         if self.loss not in _KERAS_LOSSES:
@@ -70,6 +98,12 @@ class TrainingOptions:
         check_share("validation_split", self.validation_split)
         check_count("patience", self.patience, lowest=0, highest=100_000)
         check_count("seed", self.seed, lowest=0, highest=2**32 - 1)
+        if self.one_cycle is not None:
+            for name, only in _ONE_CYCLE_TAKES.items():
+                if getattr(self, name) != only:
+                    raise OptionError(
+                        f"{name}: a step size that goes one cycle takes {only}, not {getattr(self, name)}"
+                    )
 
     @property
     def step_size(self) -> float:
@@ -85,11 +119,11 @@ class EpochResult:
     """1 for the first."""
     loss: float
     accuracy: float
-    """Share of right answers on training images, measured with dropout on."""
+    """Share of right answers on training images, measured with dropout on and as augmentation changed them."""
     val_loss: float
     val_accuracy: float
     learning_rate: float
-    """The step size that the epoch was trained with."""
+    """The step size that the epoch was trained with, its last one if it changed meanwhile."""
     duration_s: float
 
 
@@ -173,13 +207,14 @@ def train(
         TrainingError: If the loss stops being a number.
         RunError: If the run folder's checkpoints do not fit the model.
     """
-    _compile(model, options)
-    history = _restore(model, run)
-    resumed_after = len(history)
     kept, held_back = split_validation(len(data), options)
     training, validation = data.take(kept), data.take(held_back)
+    _compile(model, options, steps=options.epochs * math.ceil(len(training) / options.batch_size))
+    history = _restore(model, run)
+    resumed_after = len(history)
     while not is_over(history, options):
-        model.optimizer.learning_rate = step_size_after(history, options)
+        if options.one_cycle is None:
+            model.optimizer.learning_rate = step_size_after(history, options)
         result = _run_epoch(model, training, validation, options, len(history) + 1, listener)
         if not math.isfinite(result.loss) or not math.isfinite(result.val_loss):
             raise TrainingError(
@@ -203,16 +238,31 @@ def _out_of_patience(history: Sequence[EpochResult], options: TrainingOptions) -
     return bool(options.patience and history) and len(history) - best_of(history).epoch >= options.patience
 
 
-def _compile(model: Any, options: TrainingOptions) -> None:
-    optimizers = _libraries.keras().optimizers
-    classes = {"rmsprop": optimizers.RMSprop, "adam": optimizers.Adam, "sgd": optimizers.SGD}
-    model.compile(
-        optimizer=classes[options.optimizer](learning_rate=options.step_size),
-        loss=_KERAS_LOSSES[options.loss],
-        metrics=["accuracy"],
-        jit_compile=False,
-    )
+def _compile(model: Any, options: TrainingOptions, *, steps: int) -> None:
+    keras = _libraries.keras()
+    loss = _KERAS_LOSSES[options.loss]
+    if options.one_cycle is not None:
+        loss = keras.losses.CategoricalCrossentropy(label_smoothing=options.one_cycle.label_smoothing)
+    model.compile(optimizer=_optimizer(options, steps), loss=loss, metrics=["accuracy"], jit_compile=False)
     model.optimizer.build(model.trainable_variables)
+
+
+def _optimizer(options: TrainingOptions, steps: int) -> Any:
+    optimizers = _libraries.keras().optimizers
+    if options.one_cycle is None:
+        classes = {"rmsprop": optimizers.RMSprop, "adam": optimizers.Adam, "sgd": optimizers.SGD}
+        return classes[options.optimizer](learning_rate=options.step_size)
+    # It follows from the number of steps done, which is a variable of the optimiser and thus in the checkpoint.
+    rising = round(steps * options.one_cycle.rise)
+    cycle = optimizers.schedules.CosineDecay(
+        options.step_size * _FIRST_SHARE,
+        decay_steps=max(steps - rising, 1),
+        warmup_target=options.step_size,
+        warmup_steps=rising,
+    )
+    return optimizers.SGD(
+        cycle, momentum=options.one_cycle.momentum, nesterov=True, weight_decay=options.one_cycle.weight_decay
+    )
 
 
 def _run_epoch(
@@ -223,17 +273,20 @@ def _run_epoch(
     epoch: int,
     listener: TrainingListener,
 ) -> EpochResult:
-    order = np.random.default_rng([options.seed, epoch]).permutation(len(training))
-    shuffled = training.take(order)
+    generator = np.random.default_rng([options.seed, epoch])
+    shuffled = training.take(generator.permutation(len(training)))
     classes = int(model.output.shape[-1])
     listener.epoch_started(epoch, options.epochs, math.ceil(len(shuffled) / options.batch_size))
     began = time.monotonic()
+    images = shuffled.images
+    if options.augmentation is not None:
+        images = augment(images, options.augmentation, generator)
 
     def step_done(batch: int, logs: object) -> None:
         listener.step_done(batch + 1)
 
     fitted = model.fit(
-        shuffled.images,
+        images,
         _targets(shuffled.labels, classes, options),
         batch_size=options.batch_size,
         shuffle=False,
@@ -260,7 +313,7 @@ def _run_epoch(
 
 def _targets(labels: NDArray[np.int64], classes: int, options: TrainingOptions) -> NDArray[Any]:
     """Returns labels as the loss wants them: class numbers, or rows with a single 1."""
-    if options.loss in _LOSSES_OF_CLASS_NUMBERS:
+    if options.loss in _LOSSES_OF_CLASS_NUMBERS and options.one_cycle is None:
         return labels
     return np.equal(labels[:, None], np.arange(classes)).astype(np.float32)
 
