@@ -124,6 +124,18 @@ def test_peers_without_any(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @WITH_LOADGEN
+def test_cost(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    command = [sys.executable, "-m", "bench", "cost", "--rounds", "1", "--seconds", "0.5", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == [case.name for case in CASES]
+    assert all(row["us"]["loop"] > 0 and row["us"]["engine"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@WITH_LOADGEN
 def test_scaling(tmp_path: Path) -> None:
     path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     options = ["--rounds", "1", "--seconds", "0.3", "--models", "3", "--stream-rows", "2000"]
