@@ -34,8 +34,9 @@ from modelport_server.outputs import Compared
 from modelport_server.tensors import Gathered, RawTensor, cut_rows, gather_rows
 
 _log = logging.getLogger(__name__)
-_WAITING = 1
-"""How many batches wait in the engine process, so that filling and computing overlap."""
+_MOST_WAITING = 8
+"""The most batches that wait in an engine process: one for each that runs, so that filling and computing overlap, but
+no more memory and descriptors than that."""
 _STOP_S = 1.0
 _USE_POLL_S = 0.2
 _ENDED = "the engine process ended"
@@ -122,8 +123,8 @@ class EngineProcess:
 
     @property
     def slots(self) -> int:
-        """How many batches can be under way at once, with one that waits for another to end."""
-        return self.instances + _WAITING
+        """How many batches can be under way at once, those included that wait for others to end."""
+        return self.instances + min(self.instances, _MOST_WAITING)
 
     @property
     def instances(self) -> int:

@@ -11,7 +11,7 @@ from time import monotonic
 
 from modelport.v1 import prediction_pb2 as pb
 from modelport_server.batching.calls import Answer, Call
-from modelport_server.errors import CallerGoneError, InvalidCallError, ServeError, StalledError
+from modelport_server.errors import CallerGoneError, InvalidCallError, StalledError
 from modelport_server.options import MIB, RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of
@@ -114,7 +114,7 @@ class PredictMany:
         self._calls[index] = call
         try:
             servable.submit(call)
-        except ServeError as error:
+        except Exception as error:  # else it would end its neighbours, too
             call.fail(error)
 
     def _on_end(self, joined: _Joined, servable: Servable, future: asyncio.Future[Answer]) -> None:
