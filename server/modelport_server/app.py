@@ -188,6 +188,9 @@ def channel_options(options: RpcOptions) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", options.max_message_bytes),
         ("grpc.max_concurrent_streams", options.max_streams_per_connection),
         ("grpc.so_reuseport", int(options.reuse_port)),
+        # Else of 1000 calls that have come faster than they are taken core ends some at random, as CANCELLED.
+        ("grpc.server.max_pending_requests", options.max_concurrent_calls),
+        ("grpc.server.max_pending_requests_hard_limit", options.max_concurrent_calls),
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_callers_that_go_away_make_room(server: ServerProcess, channel: grpc.Cha
 
         wait_for(taken, "the queue to have room", server.alive, 10)
     assert running().code is OK
+
+
+def test_a_burst_of_calls_is_answered_whatever_the_front_is_at(server: ServerProcess) -> None:
+    """Core would end some of more than a thousand calls that the front has not taken yet."""
+    front = psutil.Process(server.process.pid)
+    with ExitStack() as stack:
+        channels = [stack.enter_context(open_channel(server.address)) for _ in range(3)]
+        for channel in channels:
+            _queued(channel)
+        front.suspend()
+        try:
+            waits = [start(channels[number % 3], request("toy", {})) for number in range(2400)]
+            time.sleep(1)
+        finally:
+            front.resume()
+        assert {wait().code for wait in waits} == {grpc.StatusCode.INVALID_ARGUMENT}
 
 
 def test_an_answer_larger_than_a_message_is_refused_and_a_stream_goes_on(zoo: Zoo) -> None:
