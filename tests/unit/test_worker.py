@@ -19,7 +19,7 @@ def test_an_instance_that_cant_go_on_ends_the_process(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.send(messages.pack({"op": "run", "id": 1, "slot": 0, "signature": "serving_default"}))
-        Worker(theirs, [])._answer()  # it has no such slot
+        Worker(theirs, []).answer()  # it has no such slot
     assert ended == [1]
     assert "IndexError" in capsys.readouterr().err
 
@@ -30,5 +30,5 @@ def test_an_instance_ends_when_the_front_has_gone(monkeypatch: pytest.MonkeyPatc
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         ours.close()
-        Worker(theirs, [])._answer()
+        Worker(theirs, []).answer()
     assert ended == []

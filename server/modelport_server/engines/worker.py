@@ -93,9 +93,9 @@ class Worker:
             self._send({"op": "unreadable", "reason": str(error)})
             return
         with Instances(parallelism.instances) as instances:
-            instances.run(self._answer)
+            instances.run(self.answer)
 
-    def _answer(self) -> None:
+    def answer(self) -> None:
         """Runs what comes until the front is gone; each instance is in here."""
         try:
             while (message := messages.receive(self._channel)) is not None:
