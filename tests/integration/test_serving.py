@@ -67,6 +67,7 @@ def _queued(channel: grpc.Channel) -> None:
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server: ServerProcess, channel: grpc.Channel) -> None:
     with _busy(server):
         running = start(channel, request("toy", {"x": X}))
+        _queued(channel)  # in the engine, by itself
         waiting = [start(channel, request("toy", {"x": EIGHT})) for _ in range(8)]
         _queued(channel)
         # Calls may overtake each other on the way, so that the engine has the one row or the first eight:
@@ -101,6 +102,7 @@ def test_a_deadline_that_passes_in_the_queue(server: ServerProcess, channel: grp
 def test_callers_that_go_away_make_room(server: ServerProcess, channel: grpc.Channel) -> None:
     with _busy(server):
         running = start(channel, request("toy", {"x": X}))
+        _queued(channel)  # in the engine, by itself
         gone = [start_raw(channel, request("toy", {"x": EIGHT})) for _ in range(8)]
         _queued(channel)
         assert call(channel, request("toy", {"x": EIGHT})).code is RESOURCE_EXHAUSTED

@@ -52,6 +52,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.expected: dict[Call, type[BaseException]] = {}
         """How a call must have ended, where it did not get an answer."""
         self.problems: list[Exception] = []
+        self.failed_together: set[Call] = set()
         self.complaints: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
 
@@ -81,6 +82,9 @@ class BatcherMachine(RuleBasedStateMachine):
             self.loop.run_forever()
         for call in self.calls:  # whatever has expired by now must have been told so, unless it runs
             if call.deadline <= self.loop.now and call not in self.expected and self.waiting_rows(call):
+                self.expected[call] = ExpiredError
+        for call in self.failed_together:  # it may expire before it is run again, by itself
+            if call.deadline <= self.loop.now and call not in self.expected and call.ended:
                 self.expected[call] = ExpiredError
 
     def in_loop(self, act: Any) -> Any:
@@ -235,6 +239,8 @@ class BatcherMachine(RuleBasedStateMachine):
     def blame(self, run: Run, error: type[ServeError]) -> None:
         """Notes that a batch of one call alone has failed."""
         parts = run.batch.parts
+        if len(parts) > 1:
+            self.failed_together.update(part.call for part in parts if not part.call.ended)
         if len(parts) == 1 and not parts[0].call.ended:
             self.expected[parts[0].call] = error
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from modelport_registry import Golden
 from modelport_server.engines import worker, zygote
+from modelport_server.engines.order import LoadOrder
+from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.protocol import Array, EngineError
 from modelport_server.gates.result import SPEED
 from tests.support.saved_models import SERVING_DEFAULT, Tensors, write_fake_saved_model
@@ -114,7 +116,7 @@ def _hold_at_gates() -> None:
     loading._gate, worker.Worker._run = gate, run  # type: ignore[method-assign]
 
 
-def _new_engine(engine: str, precision: str, threads: int) -> StubEngine:
+def _new_engine(order: LoadOrder, parallelism: Parallelism) -> StubEngine:
     return StubEngine()
 
 

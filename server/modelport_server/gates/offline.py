@@ -71,7 +71,9 @@ class OfflineCheck:
         choice = EngineChoice(
             order=order,
             groups=self.candidates,
-            new_process=lambda first: EngineProcess(self.limits, lambda state: None, on_gate=on_gate),
+            new_process=lambda first: EngineProcess(
+                self.limits, lambda state: None, on_gate=on_gate if first else lambda gate: None
+            ),
             signatures=manifest.signatures,
             golden=self._golden(order.version),
             wide=wide(len(ALL_CORES)),
