@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from modelport_registry import Golden
-from modelport_server.engines import worker, zygote
+from modelport_server.engines import primed, worker, zygote
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.protocol import Array, EngineError
@@ -131,7 +131,7 @@ def main() -> None:
     setattr(worker, "_new_engine", _new_engine)  # noqa: B010
     if os.environ[HOLD]:
         _hold_at_gates()
-    {"worker": worker.main, "zygote": zygote.main}[module.rpartition(".")[2]]()
+    {"primed": primed.main, "worker": worker.main, "zygote": zygote.main}[module.rpartition(".")[2]]()
 
 
 if __name__ == "__main__":
