@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
 
 from modelport.names import DEFAULT_SIGNATURE, shown
@@ -185,10 +185,10 @@ class Servable:
         self._engine = chosen.process
         self.attempts = self.attempts or chosen.attempts
         self.parallelism = chosen.loaded.parallelism
-        if self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
+        is_first = not self.engine_name  # later the machine may be busy, and callers are used to the size that it has
+        if is_first and self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
             self.batch_size = chosen.loaded.best_size
             self._batcher.limit_batches(self.batch_size)
-        self._order = replace(self._order, in_haste=False)  # once more, it is beside those who answer
         self._candidates, self._golden = ((chosen.candidate,),), ()
         return chosen.loaded
 
