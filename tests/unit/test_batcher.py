@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -272,22 +273,42 @@ async def _two_instances(**limits: Any) -> tuple[FakeEngine, Batcher]:
     return engine, batcher
 
 
+def _whole(ids: Iterable[int]) -> Call:
+    """Returns a call that idle instances don't share."""
+    call = new_call(ids)
+    call.shareable = False
+    return call
+
+
 async def test_an_idle_instance_takes_no_fewer_rows_than_a_busy_one_has() -> None:
     engine, batcher = await _two_instances()
-    batcher.submit(new_call([0, 1]))
+    batcher.submit(_whole(range(30)))
     await settle()
-    batcher.submit(new_call([2]))
+    batcher.submit(_whole(range(30, 59)))
     await settle()
-    assert [run.ids for run in engine.runs] == [[0, 1]]
-    batcher.submit(new_call([3]))
+    assert len(engine.runs) == 1
+    batcher.submit(_whole([59]))
     await settle()
-    assert [run.ids for run in engine.runs] == [[0, 1], [2, 3]]
-    batcher.submit(new_call([4, 5]))
+    assert [run.ids for run in engine.runs] == [list(range(30)), list(range(30, 60))]
+    batcher.submit(_whole([60, 61]))
     await settle()
     assert len(engine.runs) == 2, "both are busy, and it is not full"
-    engine.runs[0].end.set_result(engine.runs[0].output())
+    for run in list(engine.runs):
+        run.end.set_result(run.output())
     await settle()
-    assert [run.ids for run in engine.runs] == [[2, 3], [4, 5]]
+    assert [run.ids for run in engine.runs] == [[60, 61]], "nothing runs beside it"
+
+
+async def test_an_idle_instance_takes_no_fewer_rows_than_are_worth_while_to_run() -> None:
+    engine, batcher = await _two_instances()
+    batcher.submit(new_call([0]))
+    await settle()
+    batcher.submit(new_call(range(1, 20)))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0]], "nineteen rows take less than 2 ms"
+    batcher.submit(new_call([20]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[0], list(range(1, 21))]
 
 
 async def test_nobody_waits_for_a_batch_that_takes_long() -> None:

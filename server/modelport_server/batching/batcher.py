@@ -30,8 +30,8 @@ _RATE_GAIN = 0.1
 _SOON_OVER_S = 0.02
 """A batch that takes no longer, in seconds, may be waited for."""
 _WORTH_SHARING_S = 0.002
-"""How long a batch has to run, in seconds, for it to be worth while to run it in parts: each costs something by itself.
-"""
+"""How long a batch has to run, in seconds, to be worth what it costs besides: only then are calls run in parts, or beside a
+batch that is soon over."""
 
 
 class Batcher:
@@ -240,16 +240,18 @@ class Batcher:
     def _rows_to_gather(self) -> float:
         """Returns how many rows have to wait before they run, be a batch full or not.
 
-        While an instance is idle, that is as many as the smallest batch under way has: else a busy server would run
-        ever smaller ones, each of which costs as much again in what it does once for a batch. Nobody waits so for
-        a batch that takes long.
+        While an instance is idle, that is as many as the smallest batch under way has, and enough to run for a while:
+        else a busy server would run ever smaller ones, each of which costs as much again in what it does once for a
+        batch. Nobody waits so for a batch that takes long.
         """
         if not self._in_flight:
             return 1
         if len(self._in_flight) >= self._runner.instances:
             return math.inf
         fewest = min(batch.rows for batch in self._in_flight.values())
-        return fewest if fewest <= _SOON_OVER_S * self._rows_per_s else 1
+        if fewest > _SOON_OVER_S * self._rows_per_s:
+            return 1
+        return max(fewest, math.ceil(_WORTH_SHARING_S * self._rows_per_s))
 
     def _rows_of_a_share(self) -> int:
         """Returns the most rows of a batch, so that no instance is idle while another one has long to run."""
