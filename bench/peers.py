@@ -1,10 +1,10 @@
 """``python -m bench peers``: modelport beside other servers, with the same model, engine, messages and machine.
 
 The classic network with random weights is served by modelport, PyTriton (Triton's own server) and MLServer, each
-with its own Python environment, which the benchmark installs. ``loadgen``, built from ``bench/loadgen.cc``, sends each
-the same images: to modelport as ``modelport.v1``, to the others by the open inference protocol. Each round measures
-every server in turns; those that are not being measured wait idle. What the engine does at best in a process of its
-own is measured with them.
+with an environment of its own, which the benchmark installs, all of the same Python. ``loadgen``, built from
+``bench/loadgen.cc``, sends each the same images: to modelport as ``modelport.v1``, to the others by the open inference
+protocol. Each round measures every server in turns; those that are not being measured wait idle. What the engine does
+at best in a process of its own is measured with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import figures, machine, models
-from bench.stage import START_S, modelport, say, wait_for
+from bench.stage import START_S, say, wait_for
 from modelport.tensors import encode
 from modelport.v1 import prediction_pb2 as pb
 from modelport_registry import Registry
@@ -51,6 +51,7 @@ _INSTALLED = {
     MLSERVER: ("mlserver==1.7.1", "uvloop==0.21.0"),  # its workers do not start with newer ones
 }
 """Peers, by what is installed besides the engines."""
+_OURS_INSTALLED = ("--constraint", str(_ROOT / "constraints.txt"), "--editable", f"{_ROOT}[server,openvino]")
 _WITH_ENGINES = ("tensorflow", "openvino")
 """Installed at the versions that modelport's own environment has."""
 
@@ -99,6 +100,10 @@ class Bench:
     """The SavedModel."""
     loadgen: Path
     options: argparse.Namespace
+
+    def python(self, name: str) -> Path:
+        """Returns the Python of a server's environment."""
+        return self.environments / name / "bin" / "python"
 
     def measure(self, server: Server, case: Case, *, rate: float = 0.0) -> dict[str, Any]:
         """Puts one load on a server; returns what ``loadgen`` says, with the cores that it needed itself.
@@ -150,25 +155,32 @@ def build_loadgen(folder: Path) -> Path:
 
 
 def environment(folder: Path, name: str, python: str) -> Path:
-    """Returns the Python of a peer's environment, which is installed if it is not there yet."""
+    """Returns the Python of a server's environment, which is installed if it is not there yet."""
     engines = [f"{one}=={importlib.metadata.version(one)}" for one in _WITH_ENGINES]
-    return installed(folder, name, python, [*_INSTALLED[name], *engines])
+    return installed(folder, name, python, [*(_INSTALLED.get(name) or _OURS_INSTALLED), *engines])
 
 
 def installed(folder: Path, name: str, python: str, wanted: Sequence[str]) -> Path:
     """Returns the Python of an environment with the packages wanted, which is made if it is not there yet."""
     found = folder / name / "bin" / "python"
     done = folder / name / "installed"
-    if done.exists() and done.read_text() == "\n".join(wanted):
+    text = "\n".join([python, *wanted])
+    if done.exists() and done.read_text() == text:
         return found
-    say(f"installing {', '.join(wanted)}, which may take minutes")
+    say(f"installing {name} and what it needs, which may take minutes")
     shutil.rmtree(folder / name, ignore_errors=True)
     for command in ([python, "-m", "venv", folder / name], [found, "-m", "pip", "install", "-q", *wanted]):
         ran = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         if ran.returncode:
             sys.exit(f"error: {name} can't be installed: {ran.stderr[-1000:]}")
-    done.write_text("\n".join(wanted))
+    done.write_text(text)
     return found
+
+
+def python_version(python: str) -> str:
+    """Returns which Python that is, for people."""
+    code = "import platform; print(platform.python_implementation(), platform.python_version())"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def free_port() -> int:
@@ -223,10 +235,8 @@ def ours(bench: Bench, engine: str) -> Generator[Server]:
     kind, _, precision = engine.partition("-")
     arguments = ["--engine", kind, "--precision", precision or "float32"]
     port, log = folder / "port", folder / "log"
-    command = modelport(
-        "serve", "--registry", bench.folder / "registry", "--address", "127.0.0.1:0", "--port-file", port
-    )
-    with process([*command, *arguments], log) as child:
+    command = [bench.python(MODELPORT), "-m", "modelport", "serve", "--registry", bench.folder / "registry"]
+    with process([*command, "--address", "127.0.0.1:0", "--port-file", port, *arguments], log) as child:
         wait_for(port.exists, "modelport to listen", timeout_s=START_S)
         target = f"127.0.0.1:{port.read_text().strip()}"
         yield answers(
@@ -237,7 +247,7 @@ def ours(bench: Bench, engine: str) -> Generator[Server]:
 @contextmanager
 def pytriton(bench: Bench, engine: str) -> Generator[Server]:
     """Serves with PyTriton: Triton's own server, dynamic batching, the model in a Python process."""
-    python = bench.environments / PYTRITON / "bin" / "python"
+    python = bench.python(PYTRITON)
     ports, log = [free_port() for _ in range(3)], bench.folder / "pytriton.log"
     command = [python, _HERE / "peer" / "pytriton_server.py", engine, bench.model, *map(str, ports), str(LARGEST)]
     with process(command, log, environ=_environ()) as child:
@@ -260,7 +270,7 @@ def mlserver(bench: Bench, engine: str) -> Generator[Server]:
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "model-settings.json").write_text(json.dumps(model))
-    program = bench.environments / MLSERVER / "bin" / "mlserver"
+    program = bench.python(MLSERVER).with_name("mlserver")
     with process([program, "start", folder], log, cwd=folder, environ=_environ()) as child:
         server = Server(MLSERVER, f"127.0.0.1:{ports[0]}", f"{_V2}/ModelInfer", f"{_V2}/ModelStreamInfer", "v2")
         yield answers(bench, server, child, log)
@@ -282,9 +292,9 @@ def write_payloads(bench: Bench) -> None:
         (bench.folder / f"ours-u-{count}").write_bytes(request.SerializeToString())
         streamed = pb.PredictStreamRequest(request=request)
         (bench.folder / f"ours-s-{count}").write_bytes(streamed.SerializeToString())
-    if not _peers(bench.options):
+    if PYTRITON not in environments_of(bench.options):
         return
-    python = bench.environments / PYTRITON / "bin" / "python"
+    python = bench.python(PYTRITON)
     command = [python, _HERE / "peer" / "payload.py", bench.folder, *map(str, rows)]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     for count in rows:
@@ -292,10 +302,10 @@ def write_payloads(bench: Bench) -> None:
             shutil.copy(bench.folder / f"v2-{count}", bench.folder / f"v2-{kind}-{count}")
 
 
-def _peers(options: argparse.Namespace) -> list[str]:
-    """Returns the environments that are needed: PyTriton's writes the messages of all peers."""
+def environments_of(options: argparse.Namespace) -> list[str]:
+    """Returns what has to be installed: ours measures the limit, PyTriton's writes the messages of all peers."""
     peers = [name for name in options.servers if name != MODELPORT]
-    return list(dict.fromkeys([PYTRITON, *peers])) if peers else []
+    return list(dict.fromkeys([MODELPORT, PYTRITON, *peers])) if peers else [MODELPORT]
 
 
 def limits(bench: Bench, engine: str) -> dict[str, float]:
@@ -304,7 +314,7 @@ def limits(bench: Bench, engine: str) -> dict[str, float]:
     rates: dict[str, float] = {}
     for instances, threads in {(1, cores), (cores, 1)}:
         arguments = [engine, bench.model, bench.options.seconds, instances, threads]
-        command = [sys.executable, "-m", "bench.in_process", *map(str, arguments)]
+        command = [*map(str, [bench.python(MODELPORT), "-m", "bench.in_process", *arguments])]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
         if done.returncode:
             sys.exit(f"error: {engine} can't be measured: {done.stderr[-1000:]}")
@@ -417,9 +427,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement (default 5)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--servers", nargs="+", choices=list(SERVERS), default=list(SERVERS))
-    parser.add_argument("--python", default="/usr/bin/python3.11", help="for the peers: one with a shared library")
+    parser.add_argument("--python", default="/usr/bin/python3.11", help="of all servers: one with a shared library")
     parser.add_argument(
-        "--environments", type=Path, default=Path("build/bench/peers"), help="where peers are installed"
+        "--environments", type=Path, default=Path("build/bench/peers"), help="where servers are installed"
     )
     parser.add_argument("--json", type=Path, default=Path("build/bench/peers.json"), help="where figures go")
     return parser.parse_args(arguments)
@@ -433,7 +443,7 @@ def main(arguments: Sequence[str]) -> None:
     environments = options.environments.resolve()
     environments.mkdir(parents=True, exist_ok=True)
     loadgen = build_loadgen(environments)
-    for name in _peers(options):
+    for name in environments_of(options):
         environment(environments, name, options.python)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
@@ -447,6 +457,7 @@ def main(arguments: Sequence[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     about = machine.describe()
     versions = {name: importlib.metadata.version(name) for name in ("modelport", *_WITH_ENGINES)}
+    versions["python of all servers"] = python_version(options.python)
     figures.write(options.json, {"benchmark": "peers", "machine": about, "versions": versions, "rows": rows})
     report(rows, options)
     peers = ", ".join(one for name in options.servers for one in _INSTALLED.get(name, ()))

@@ -60,7 +60,7 @@ CASES = (
 )
 
 
-def measure(python: Path | str, sdk: str, target: str, program: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(python: Path, sdk: str, target: str, program: str, options: argparse.Namespace) -> dict[str, Any]:
     """Calls a server in one way; returns what the caller says."""
     command = [python, _CALLER, sdk, target, program, options.seconds, options.window]
     environ = os.environ | {"GRPC_VERBOSITY": "NONE"}
@@ -71,7 +71,7 @@ def measure(python: Path | str, sdk: str, target: str, program: str, options: ar
     return found
 
 
-def run(bench: peers.Bench, model: str, pythons: dict[str, Path | str]) -> list[dict[str, Any]]:
+def run(bench: peers.Bench, model: str, pythons: dict[str, Path]) -> list[dict[str, Any]]:
     """Measures everything with one model; returns a row for each measurement."""
     rows: list[dict[str, Any]] = []
     options = bench.options
@@ -125,9 +125,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=peers.ENGINES, default=engines)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--window", type=int, default=8, help="batches of a stream under way (default 8)")
-    parser.add_argument("--python", default="/usr/bin/python3.11", help="for PyTriton: one with a shared library")
+    parser.add_argument("--python", default="/usr/bin/python3.11", help="of all: one with a shared library")
     parser.add_argument(
-        "--environments", type=Path, default=Path("build/bench/peers"), help="where PyTriton is installed"
+        "--environments", type=Path, default=Path("build/bench/peers"), help="where servers are installed"
     )
     parser.add_argument("--sdks", nargs="+", choices=list(SERVERS), default=list(SERVERS))
     parser.add_argument(
@@ -147,12 +147,14 @@ def main(arguments: Sequence[str]) -> None:
         one.mkdir(parents=True, exist_ok=True)
     packages = ("modelport", "tensorflow", "openvino", "protobuf", *_SAME)
     versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["python of all"] = peers.python_version(options.python)
     loadgen = peers.build_loadgen(environments)
-    pythons: dict[str, Path | str] = {OURS: sys.executable}
+    for name in peers.environments_of(options):
+        peers.environment(environments, name, options.python)
+    pythons = {OURS: environments / peers.MODELPORT / "bin" / "python"}
     if TRITONCLIENT in options.sdks:
-        peers.environment(environments, peers.PYTRITON, options.python)
         wanted = [_INSTALLED, *(f"{name}=={versions[name]}" for name in _SAME)]
-        pythons[TRITONCLIENT] = peers.installed(clients, TRITONCLIENT, sys.executable, wanted)
+        pythons[TRITONCLIENT] = peers.installed(clients, TRITONCLIENT, options.python, wanted)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     rows: list[dict[str, Any]] = []
     try:

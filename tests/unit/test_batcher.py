@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -273,7 +273,7 @@ async def _two_instances(**limits: Any) -> tuple[FakeEngine, Batcher]:
     return engine, batcher
 
 
-def _whole(ids: Iterable[int]) -> Call:
+def _whole(ids: Sequence[int]) -> Call:
     """Returns a call that idle instances don't share."""
     call = new_call(ids)
     call.shareable = False

@@ -30,8 +30,8 @@ _RATE_GAIN = 0.1
 _SOON_OVER_S = 0.02
 """A batch that takes no longer, in seconds, may be waited for."""
 _WORTH_SHARING_S = 0.002
-"""How long a batch has to run, in seconds, to be worth what it costs besides: only then are calls run in parts, or beside a
-batch that is soon over."""
+"""How long a batch has to run, in seconds, to be worth what it costs besides: only then are calls run in parts, or
+beside a batch that is soon over."""
 
 
 class Batcher:
