@@ -38,6 +38,8 @@ STREAM_ROWS = 1_000_000
 _STREAM_MESSAGE_ROWS = 32
 _STREAM_WINDOW = 16
 _CALLS_PER_CONNECTION = 512
+_LONGER_FROM = 1024
+"""With so many rows in flight it is measured for twice as long: each takes longer."""
 _METHODS = "/modelport.v1.PredictionService"
 _MIB = 1 << 20
 _LOOK_S = 0.5
@@ -118,8 +120,10 @@ def rows_in_flight(stage: Stage, options: argparse.Namespace) -> list[dict[str, 
         for rows in MESSAGE_ROWS:
             concurrency = 1
             while rows * concurrency <= MOST_ROWS:
-                result = stage.measure(MODEL, rows, options.seconds, concurrency)
-                about = {"round": number, "rows": rows, "in_flight": rows * concurrency}
+                flight = rows * concurrency
+                seconds = options.seconds * (1 + flight / _LONGER_FROM)
+                result = stage.measure(MODEL, rows, seconds, concurrency)
+                about = {"round": number, "rows": rows, "in_flight": flight}
                 found.append(about | result | {"rows_per_s": result["per_s"] * rows})
                 concurrency *= 2
     return found
@@ -148,15 +152,16 @@ def many_models(folder: Path, loadgen: Path, made: Path, options: argparse.Names
     return found
 
 
-def long_stream(stage: Stage, rows: int, rate: float) -> dict[str, Any]:
+def long_stream(stage: Stage, rows: int, seconds: float) -> dict[str, Any]:
     """Returns the memory of the server's processes while one stream sends at least so many rows.
 
     Args:
         stage: the server.
         rows: how many.
-        rate: about how many a second it takes.
+        seconds: how long to measure first how many it takes in a second.
     """
-    seconds = 1.2 * rows / rate
+    rate = stage.measure(MODEL, _STREAM_MESSAGE_ROWS, seconds, 1, window=_STREAM_WINDOW)["per_s"] * _STREAM_MESSAGE_ROWS
+    seconds = 1.5 * rows / rate  # the first fifth, in which it warms up, does not count
     say(f"a stream of {rows:,} rows, about {seconds:.0f} s")
     command = stage.command(MODEL, _STREAM_MESSAGE_ROWS, seconds, 1, window=_STREAM_WINDOW)
     (engine,) = engines(stage.front)
@@ -173,6 +178,8 @@ def long_stream(stage: Stage, rows: int, rate: float) -> dict[str, Any]:
     if result["failed"]:
         sys.exit(f"error: the stream failed: {result['error']}")
     done = result["ok"] * _STREAM_MESSAGE_ROWS
+    if done < rows:
+        sys.exit(f"error: the stream had {done:,} rows, not {rows:,}: the machine got slower; try again")
     return {"rows": done, "rss_mib": looks} | result
 
 
@@ -258,8 +265,7 @@ def main(arguments: Sequence[str]) -> None:
         Registry(registry).publish(MODEL, classic / "saved_model", golden=models.golden(classic))
         with serving(registry, folder, loadgen, [MODEL], options.engine) as stage:
             flights = rows_in_flight(stage, options)
-            rate = max(row["rows_per_s"] for row in flights)
-            stream = long_stream(stage, options.stream_rows, rate)
+            stream = long_stream(stage, options.stream_rows, options.seconds)
         many = many_models(folder, loadgen, light, options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
