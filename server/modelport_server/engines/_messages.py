@@ -11,7 +11,9 @@ may come at any time.
 from __future__ import annotations
 
 import json
+import mmap
 import socket
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,16 +43,26 @@ def pack(message: Message) -> bytes:
     return packet
 
 
-def unpack(packet: bytes) -> Message:
+def unpack(packet: bytes | memoryview) -> Message:
     """Returns the message in a packet."""
-    message: Message = _DECODER.decode(packet.decode())
+    message: Message = _DECODER.decode(str(packet, "utf-8"))
     return message
+
+
+class _Room(threading.local):
+    """Where a thread receives packets: to make room for the largest each time takes longer than to receive one."""
+
+    def __init__(self) -> None:
+        self.memory = memoryview(mmap.mmap(-1, MAX_MESSAGE_BYTES, access=mmap.ACCESS_COPY))  # a fork has its own
+
+
+_room = _Room()
 
 
 def receive(channel: socket.socket) -> Message | None:
     """Returns the next message; None when the other side is gone."""
-    packet = channel.recv(MAX_MESSAGE_BYTES)
-    return unpack(packet) if packet else None
+    size = channel.recv_into(_room.memory)
+    return unpack(_room.memory[:size]) if size else None
 
 
 def write_document(region: Region, document: Message) -> int:
