@@ -85,7 +85,7 @@ def verify(
             candidates=candidates(rules.engines, rules.precision),
             on_gate=on_gate,
             parallelism=rules.parallelism,
-            on_attempt=lambda attempt: _say(f"{model} version {number}: {attempt.text}") if attempt.reason else None,
+            on_unfit=lambda attempt: _say(f"{model} version {number}: {attempt.text}"),
         )
         results = asyncio.run(check.run())
     passed = results[-1].outcome != "failed"

@@ -39,8 +39,8 @@ class OfflineCheck:
     """Told each gate as it begins."""
     parallelism: Parallelism | None = None
     """How many batches run at once; None for what suits the model."""
-    on_attempt: Callable[[Attempt], object] = lambda attempt: None
-    """Told how each engine did that was tried on the version."""
+    on_unfit: Callable[[Attempt], object] = lambda attempt: None
+    """Told of each engine and precision that can't run the version, once one is found that can."""
 
     async def run(self) -> tuple[GateResult, ...]:
         """Returns what each gate found, in order, up to the first that failed.
@@ -63,7 +63,8 @@ class OfflineCheck:
         try:
             async with self._loaded(order, self.on_gate) as candidate:
                 for attempt in candidate.attempts:
-                    self.on_attempt(attempt)
+                    if attempt.reason and not attempt.row_ms:  # else it is merely slower
+                        self.on_unfit(attempt)
                 self.on_gate(SPEED)
                 return (*candidate.loaded.gates, await self._speed(order, candidate, policy.max_speed_ratio))
         except RejectedError as error:
