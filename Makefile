@@ -63,7 +63,7 @@ demo: $(INSTALLED) ## train, publish, serve, predict and roll out, in a few minu
 
 BENCH ?= serving
 
-bench: $(INSTALLED) ## measure the server on this machine; BENCH=startup, loading, shadow, gates, peers, sdk, scaling or accurate measures more
+bench: $(INSTALLED) ## measure the server on this machine; BENCH=startup, loading, shadow, gates, peers, sdk, scaling, accurate or precisions measures more
 	@$(BIN)/python -m bench $(BENCH)
 
 protos: $(INSTALLED) ## write the stubs of protos/ anew

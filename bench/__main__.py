@@ -6,7 +6,19 @@ import signal
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("serving", "startup", "loading", "shadow", "gates", "peers", "sdk", "scaling", "cost", "accurate")
+BENCHMARKS = (
+    "serving",
+    "startup",
+    "loading",
+    "shadow",
+    "gates",
+    "peers",
+    "sdk",
+    "scaling",
+    "cost",
+    "accurate",
+    "precisions",
+)
 
 
 def main() -> None:

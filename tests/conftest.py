@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of real SavedModels: ``zoo/<name>`` and ``versioned-<tag>``, see ``tests.support``."""
+    """A folder of real SavedModels: ``zoo/<name>``, ``dense`` and ``versioned-<tag>``, see ``tests.support``."""
     folder = tmp_path_factory.mktemp("saved-models")
     _make_models("make_models", folder)
     return folder

@@ -37,7 +37,7 @@ def verify(
     engine: Annotated[
         str, typer.Option(help="tensorflow, openvino, or auto: the fastest that reproduces the golden examples.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="Compute in float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="Compute in float32, bfloat16, float16 or int8.")] = "float32",
     instances: Annotated[
         int, typer.Option(help="How many batches run at once.", show_default="what suits the machine and the model")
     ] = 0,
@@ -85,6 +85,7 @@ def verify(
             candidates=candidates(rules.engines, rules.precision),
             on_gate=on_gate,
             parallelism=rules.parallelism,
+            on_unfit=lambda attempt: _say(f"{model} version {number}: {attempt.text}"),
         )
         results = asyncio.run(check.run())
     passed = results[-1].outcome != "failed"

@@ -50,7 +50,7 @@ def serve(
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            help="Compute in float32, bfloat16 or float16, where the golden examples are reproduced. "
+            help="Compute in float32, bfloat16, float16 or int8, where the golden examples are reproduced. "
             "MODEL=PRECISION for one model; repeat for more.",
             show_default="float32",
         ),

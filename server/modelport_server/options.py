@@ -124,8 +124,8 @@ class EngineRules:
     """``tensorflow``, ``openvino``, or ``auto``, the default: the fastest that is installed and reproduces the
     golden examples."""
     precision: str = kinds.FLOAT32
-    """What is computed in: ``float32``, the default, ``bfloat16`` or ``float16``. The golden examples have to be
-    reproduced all the same, or it is float32."""
+    """What is computed in: ``float32``, the default, ``bfloat16``, ``float16`` or ``int8``. The golden examples have
+    to be reproduced all the same, or it is float32."""
     instances: int = 0
     """How many batches of a version run at once; 0, the default, means what suits the machine and the model."""
     threads: int = 0
@@ -141,6 +141,10 @@ class EngineRules:
             self.precision in kinds.PRECISIONS,
             f"the precision must be one of {precisions}, not {shown(self.precision)}",
         )
+        _require(
+            (self.engine, self.precision) != (kinds.TENSORFLOW, kinds.INT8),
+            "TensorFlow does not compute in int8: use --engine openvino, or another --precision",
+        )
 
     @property
     def parallelism(self) -> Parallelism | None:
@@ -154,9 +158,14 @@ class EngineRules:
         """The installed engines that may be taken.
 
         Raises:
-            OptionError: if there is none.
+            OptionError: if there is none, or what computes in the precision is not installed.
         """
         installed = kinds.installed()
+        if self.precision == kinds.INT8:
+            _require(
+                kinds.OPENVINO in installed and kinds.has_nncf(),
+                "int8 takes OpenVINO and nncf, which are not both installed: pip install 'modelport[int8]'",
+            )
         if self.engine == kinds.AUTO:
             _require(
                 bool(installed), "no engine is installed: pip install 'modelport[server]' or 'modelport[openvino]'"

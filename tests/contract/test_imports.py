@@ -40,6 +40,7 @@ OTHERS = {
 TENSORFLOW = frozenset({"tensorflow", "keras"})
 TENSORFLOW_ALLOWED = ("modelport_server.engines.tensorflow_engine", "modelport_trainer")
 OPENVINO_ALLOWED = "modelport_server.engines.openvino_engine"
+NNCF_ALLOWED = "modelport_server.engines.int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ def fault(found: Import) -> str | None:
         return None if allowed else f"only {' and '.join(TENSORFLOW_ALLOWED)} may import {found.top}"
     if found.top == "openvino":
         return None if found.module == OPENVINO_ALLOWED else f"only {OPENVINO_ALLOWED} may import openvino"
+    if found.top == "nncf":
+        return None if found.module == NNCF_ALLOWED else f"only {NNCF_ALLOWED} may import nncf"
     is_command_line = any("cli" in part.split("_") or part == "_console" for part in found.module.split("."))
     others: set[str] = {*OTHERS[package]}
     if is_command_line or package == "modelport_trainer":
@@ -120,6 +123,7 @@ def test_a_package_imports_only_what_the_table_allows(package: str) -> None:
         ("modelport_server.engines.worker", "import importlib\nimportlib.import_module('tensorflow')"),
         ("modelport_registry._saved_model", "import keras.src"),
         ("modelport._client", "import typer"),
+        ("modelport_server.engines.worker", "import nncf"),
         ("modelport_registry._files", "import google.protobuf, requests"),
     ],
 )

@@ -113,6 +113,27 @@ priority.restore()
 print(json.dumps([priority.can_return, busy]))
 """
 
+_CHILD = """
+import json, os, subprocess, sys, time
+from modelport_server.engines._system import Priority, children, cpu_s
+
+priority = Priority()
+child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+its = lambda: (os.getpriority(os.PRIO_PROCESS, child.pid), len(os.sched_getaffinity(child.pid)))
+before = its()
+priority.lower()
+lowered = its()
+began = cpu_s()
+while cpu_s() < began + 0.05:
+    time.sleep(0.01)
+priority.restore()
+restored = its()
+known = children() == [child.pid]
+child.kill()
+child.wait()
+print(json.dumps([known, before == restored, lowered[0], children()]))
+"""
+
 _CORES = """
 import json, os, sys, threading
 from modelport_server.engines._system import Priority
@@ -169,6 +190,11 @@ def test_no_socket_leaves_the_machine_and_all_else_works() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")
 def test_a_process_that_has_a_core_all_the_time_stays_lowered() -> None:
     assert _run(_FED) == [True, 19]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")
+def test_children_come_along_and_what_they_compute_counts() -> None:
+    assert _run(_CHILD) == [True, True, 19, []]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only a privileged process may raise its priority")

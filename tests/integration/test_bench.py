@@ -20,6 +20,7 @@ from bench.scaling import MOST_ROWS
 from bench.sdk import CASES as SDK_CASES
 from bench.shadow import LOADS
 from bench.startup import ENGINES as STARTED
+from modelport_server.engines.kinds import PRECISIONS
 from modelport_server.gates.result import GATES
 
 
@@ -89,6 +90,13 @@ def test_accurate(tmp_path: Path) -> None:
         assert 0 < one["accuracy"] <= 1
         assert 0 < one["training_s"] < one["command_s"]
     assert found["summary"]["training_ratio"] == found["summary"]["training_ratio_highest"] > 0
+
+
+def test_precisions(tmp_path: Path) -> None:
+    found = {row["precision"]: row for row in document("precisions", tmp_path)["precisions"]}
+    assert tuple(found) == PRECISIONS
+    assert all(row["load_s"] > 0 and row["ms_1"] < row["ms_128"] for row in found.values())
+    assert found["float32"]["largest_difference"] < 1e-6 < 1e-5 < found["int8"]["largest_difference"] < 0.1
 
 
 @pytest.mark.slow

@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.support.saved_models import write_versioned_model, write_zoo
+from tests.support.saved_models import write_dense_model, write_versioned_model, write_zoo
 
 VERSIONS = 25
 """How many versioned models there are: ``versioned-1`` to ``versioned-25``."""
 
 
 def main() -> None:
-    """Writes the zoo and the versioned models."""
+    """Writes the zoo, the dense model and the versioned ones."""
     folder = Path(sys.argv[1])
     write_zoo(folder / "zoo")
+    write_dense_model(folder / "dense")
     for tag in range(1, VERSIONS + 1):
         write_versioned_model(folder / f"versioned-{tag}", tag)
 

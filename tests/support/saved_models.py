@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modelport_registry import saved_model_pb2 as pb
 
 Shape = Sequence[int | None] | None
@@ -70,6 +72,22 @@ def write_versioned_model(path: Path, tag: int) -> Path:
         return {"y": x * 2.0, "version": version}
 
     return _save(path, {SERVING_DEFAULT: (double, [("float32", [None, 4], "x")])})
+
+
+def write_dense_model(path: Path) -> Path:
+    """Writes a model of two dense layers, x float32 [n, 64] to y float32 [n, 8]; ``double`` doubles x."""
+    tf = _tensorflow()
+    random = np.random.default_rng(3)
+    weights = [tf.constant(random.standard_normal(shape) / 8, tf.float32) for shape in ((64, 64), (64, 8))]
+
+    def dense(x: Any) -> dict[str, Any]:
+        return {"y": tf.nn.relu(x @ weights[0]) @ weights[1]}
+
+    def double(x: Any) -> dict[str, Any]:
+        return {"y": x + x}
+
+    given: list[tuple[str, Shape, str]] = [("float32", [None, 64], "x")]
+    return _save(path, {SERVING_DEFAULT: (dense, given), "double": (double, given)})
 
 
 def write_zoo(folder: Path) -> dict[str, Path]:

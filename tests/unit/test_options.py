@@ -110,7 +110,8 @@ def test_what_models_run_on() -> None:
     ("engines", "precisions", "text"),
     [
         (["onnx"], [], "auto, openvino, tensorflow"),
-        ([], ["int4"], "float32, bfloat16, float16"),
+        ([], ["int4"], "float32, bfloat16, float16, int8"),
+        (["digits=tensorflow"], ["int8"], "TensorFlow does not compute in int8: use --engine openvino"),
         (["../x=openvino"], [], "MODEL=VALUE"),
         (["=openvino"], [], "MODEL=VALUE"),
         (["openvino", "tensorflow"], [], "twice for all models"),
@@ -153,6 +154,28 @@ def test_an_engine_that_is_not_installed(
     monkeypatch.setattr(kinds, "installed", lambda: tuple(installed))
     with pytest.raises(OptionError, match=re.escape(text)):
         _ = EngineRules(engine=engine).engines
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino"])
+@pytest.mark.parametrize(
+    ("installed", "has_nncf"), [(("openvino", "tensorflow"), False), (("tensorflow",), True), ((), True)]
+)
+def test_int8_takes_openvino_and_nncf(
+    monkeypatch: pytest.MonkeyPatch, engine: str, installed: tuple[str, ...], has_nncf: bool
+) -> None:
+    monkeypatch.setattr(kinds, "installed", lambda: installed)
+    monkeypatch.setattr(kinds, "has_nncf", lambda: has_nncf)
+    with pytest.raises(OptionError, match=re.escape("pip install 'modelport[int8]'")):
+        _ = EngineRules(engine=engine, precision="int8").engines
+
+
+def test_int8_where_all_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "installed", lambda: ("openvino", "tensorflow"))
+    monkeypatch.setattr(kinds, "has_nncf", lambda: True)
+    rules = engine_rules(["openvino", "words=auto"], ["digits=int8", "words=int8"])
+    assert (rules["digits"].engines, rules["digits"].precision) == (("openvino",), "int8")
+    assert rules["words"].engines == ("openvino", "tensorflow")
+    assert rules[""].precision == "float32"
 
 
 def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

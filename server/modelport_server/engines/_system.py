@@ -60,19 +60,29 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
+def cpu_s() -> float:
+    """Returns the processor time of all threads and of all children, in seconds."""
+    times, ticks = os.times(), 0
+    for child in children():
+        with suppress(OSError):
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # utime and stime, see proc(5)
+    return time.process_time() + times.children_user + times.children_system + ticks / os.sysconf("SC_CLK_TCK")
+
+
 class Priority:
-    """Lowers this process's priority and raises it again, and keeps it off some cores meanwhile.
+    """Lowers this process's priority and raises it again, and keeps it off some cores meanwhile; its children's, too.
 
     Where the process may not raise it, only the work that it is given runs at the lowest priority, on
     threads that end with it; threads that the work makes keep the ordinary one. It may always go back to
     all cores.
 
     Args:
-        cpu_clock: returns the processor time of all threads, in seconds.
+        cpu_clock: returns the processor time of all threads and children, in seconds.
         stays: never lower it: nobody is to be spared.
     """
 
-    def __init__(self, cpu_clock: Callable[[], float] = time.process_time, *, stays: bool = False) -> None:
+    def __init__(self, cpu_clock: Callable[[], float] = cpu_s, *, stays: bool = False) -> None:
         self._cpu_clock = cpu_clock
         self._stays = stays
         self._ordinary = os.getpriority(os.PRIO_PROCESS, 0)
@@ -191,9 +201,27 @@ def threads(pid: int | None = None) -> list[int]:
     return [int(entry.name) for entry in Path(f"/proc/{pid or 'self'}/task").iterdir()]
 
 
+def children(pid: int | None = None) -> list[int]:
+    """Returns the ids of a process's children, of this one's by default; none if it is gone."""
+    found: list[int] = []
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid or 'self'}/task").iterdir():
+            with suppress(OSError):
+                found += map(int, (entry / "children").read_text().split())
+    return found
+
+
+def _threads_of_all() -> list[int]:
+    found = threads()
+    for child in children():
+        with suppress(OSError):
+            found += threads(child)
+    return found
+
+
 def _set_all(nice: int | None, cores: Set[int]) -> None:
     for _ in range(2):  # one that was made meanwhile has its maker's priority, which may be the old one
-        for thread in threads():
+        for thread in _threads_of_all():
             with suppress(ProcessLookupError):
                 if nice is not None:
                     _set_priority(thread, nice)

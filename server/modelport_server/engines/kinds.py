@@ -11,9 +11,16 @@ ENGINES = (OPENVINO, TENSORFLOW)
 AUTO = "auto"
 """The fastest of those that are installed and reproduce the golden examples."""
 FLOAT32 = "float32"
-PRECISIONS = (FLOAT32, "bfloat16", "float16")
+INT8 = "int8"
+"""On OpenVINO only, and with nncf."""
+PRECISIONS = (FLOAT32, "bfloat16", "float16", INT8)
 
 
 def installed() -> tuple[str, ...]:
     """Returns the engines that this machine has, without importing them."""
     return tuple(name for name in ENGINES if importlib.util.find_spec(name) is not None)
+
+
+def has_nncf() -> bool:
+    """Returns whether this machine has what makes models int8, without importing it."""
+    return importlib.util.find_spec("nncf") is not None

@@ -15,11 +15,13 @@ import numpy as np
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import InvalidModelError, SignatureSpec, read_graph, read_signatures, with_signature
 from modelport_server.engines._imports import without
+from modelport_server.engines.int8 import QuantisingError, Samples, is_quantised, quantise
+from modelport_server.engines.kinds import INT8
 from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.protocol import Array, EngineError
 
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-"""OpenVINO's names for the types that it may compute in."""
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", INT8: "f32"}
+"""OpenVINO's names for the types that it may compute in; a model in int8 says by itself what is."""
 _OUTPUTS = frozenset({*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32)), "float32", "bool", "int64"})
 _INPUTS = _OUTPUTS - {"int64"}
 """Types that it computes in full. It has no 64 bits: what is given to it, such as a key, may need them."""
@@ -52,9 +54,16 @@ class OpenVINOEngine:
     Args:
         parallelism: how many batches run at once, and on how many threads.
         precision: what it computes in, one of ``PRECISIONS``; inputs and outputs keep their types.
+        samples: by signature, golden inputs that ``int8`` is calibrated with.
     """
 
-    def __init__(self, *, parallelism: Parallelism = ALONE, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        *,
+        parallelism: Parallelism = ALONE,
+        precision: str = "float32",
+        samples: Mapping[str, Samples] | None = None,
+    ) -> None:
         self._openvino = openvino = import_openvino()
         self._core = openvino.Core()
         self._options: dict[str, Any] = {
@@ -65,6 +74,8 @@ class OpenVINOEngine:
         if parallelism.threads:
             self._options["INFERENCE_NUM_THREADS"] = parallelism.threads * parallelism.instances
         self._precision = precision
+        self._samples = samples or {}
+        self._quantised = False
         self._compiled: dict[str, Any] = {}
         self._of_thread = threading.local()
         self._inputs: dict[str, dict[str, int]] = {}
@@ -90,7 +101,7 @@ class OpenVINOEngine:
         """Loads the SavedModel at ``path`` and compiles each signature.
 
         Raises:
-            EngineError: if OpenVINO can't read or compile it.
+            EngineError: if OpenVINO can't read or compile it, or it can't be made int8.
             OSError: if the files can't be read now.
         """
         try:
@@ -103,6 +114,8 @@ class OpenVINOEngine:
                     self._compile(folder, specs[name])
         except InvalidModelError as error:
             raise EngineError(f"OpenVINO can't read it: {error}") from error
+        if self._precision == INT8 and not self._quantised:
+            raise EngineError("nothing of it can be computed in int8")
 
     def _compile(self, folder: Path, spec: SignatureSpec) -> None:
         for taken, tensors in ((_INPUTS, spec.inputs), (_OUTPUTS, spec.outputs)):
@@ -110,13 +123,34 @@ class OpenVINOEngine:
                 if tensor.dtype not in taken:
                     raise EngineError(f"{spec.name}: OpenVINO is not given {tensor.dtype}, which {tensor.name!r} is")
         try:
-            compiled = self._core.compile_model(self._core.read_model(folder), "CPU", self._options)
+            with self._source(folder, spec.name) as source:
+                model = self._core.read_model(source)
+                compiled = self._core.compile_model(model, "CPU", self._options)
+        except (EngineError, OSError):
+            raise
         except Exception as error:
             raise EngineError(f"OpenVINO can't read it: {_public(error)}") from error
+        self._quantised |= self._precision == INT8 and is_quantised(model)
         try:
             self.add(spec.name, compiled, [tensor.name for tensor in spec.outputs])
         except KeyError as error:
             raise EngineError(f"{spec.name}: OpenVINO does not find the output {error}") from error
+
+    @contextlib.contextmanager
+    def _source(self, folder: Path, signature: str) -> Generator[Path]:
+        """Gives what is read: the SavedModel, or what it has become in int8."""
+        if self._precision != INT8:
+            yield folder
+            return
+        samples = self._samples.get(signature, ())
+        if not samples:
+            why = "int8 is calibrated with golden examples, and it has none: publish some, or drop --precision"
+            raise EngineError(f"{signature}: {why}")
+        with tempfile.TemporaryDirectory(prefix="modelport-") as scratch:
+            try:
+                yield quantise(folder, samples, Path(scratch))
+            except QuantisingError as error:
+                raise EngineError(f"{signature}: it can't be made int8: {_public(error)}") from error
 
     def add(self, signature: str, compiled: Any, outputs: Sequence[str]) -> None:
         """Takes a compiled model, with the names of the outputs that are wanted.

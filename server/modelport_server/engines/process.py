@@ -19,6 +19,7 @@ from modelport.exceptions import ModelportError
 from modelport_server.batching.calls import Batch, BatchOutput
 from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
+from modelport_server.engines._system import children
 from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.cores import BatchTimes, CoreSharing
 from modelport_server.engines.kinds import TENSORFLOW
@@ -442,7 +443,9 @@ class EngineProcess:
         limits = self._limits
         memory_limit = limits.memory_limit_bytes
         while not self._ended.is_set():
-            resident, threads = _use(self.pid)
+            loading = self._ready is not None and not self._ready.done()
+            uses = [_use(pid) for pid in (self.pid, *(children(self.pid) if loading else ()))]
+            resident, threads = (sum(numbers) for numbers in zip(*uses, strict=True))
             if resident > memory_limit:
                 self.kill(f"it took more than {memory_limit >> 20} MiB of memory")
             elif threads > limits.max_threads:

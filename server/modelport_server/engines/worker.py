@@ -25,7 +25,8 @@ from modelport_server.engines import _messages as messages
 from modelport_server.engines._memory import Region
 from modelport_server.engines._system import Priority, close_network, live_under, take_cores
 from modelport_server.engines.instances import Instances, OnAllInstances, TimeShares
-from modelport_server.engines.kinds import OPENVINO, TENSORFLOW
+from modelport_server.engines.int8 import Samples, samples_of
+from modelport_server.engines.kinds import INT8, OPENVINO, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.protocol import Array, Engine, EngineError
@@ -257,9 +258,10 @@ class _Loading:
     def _load(self, manifest: Manifest) -> Engine:
         order = self._order
         self._priority.run(lambda: _import_engine(order.engine))
+        samples = self._priority.run(lambda: self._samples(manifest))
         try:
             # Its thread pools take on the priority of the thread that makes them, and are as large as that has cores.
-            engine = self._priority.run_on_all_cores(lambda: _new_engine(order, self._parallelism))
+            engine = self._priority.run_on_all_cores(lambda: _new_engine(order, self._parallelism, samples))
             self._priority.lower()
             self._priority.run(lambda: engine.load(self._path, list(manifest.signatures)))
         except EngineError as error:
@@ -268,20 +270,30 @@ class _Loading:
             raise _UnreadableError(f"its files can't be read: {error.strerror or error}") from error
         return engine
 
+    def _samples(self, manifest: Manifest) -> Mapping[str, Samples]:
+        """Returns what int8 is calibrated with, by signature; nothing for other precisions."""
+        if (self._order.engine, self._order.precision) != (OPENVINO, INT8):
+            return {}
+        return samples_of(self._golden(), [name for name, spec in manifest.signatures.items() if is_batchable(spec)])
+
+    def _golden(self) -> Sequence[Golden]:
+        try:
+            return self._registry.golden(self._order.model, self._order.version)
+        except (IntegrityError, InvalidModelError) as error:
+            raise _RejectedError(str(error)) from error
+        except (ModelportError, OSError) as error:
+            raise _UnreadableError(str(error)) from error
+
     def _check_golden(
         self, engine: Engine, batched: Sequence[str], verified: Verified, figures: Figures
     ) -> Sequence[Golden]:
         try:
-            golden = self._registry.golden(self._order.model, self._order.version)
+            golden = self._golden()
             check_golden(engine, golden, batched, self._order.largest, verified)
         except GoldenMismatchError as error:
             raise _RejectedError(str(error)) from error
         except EngineError as error:
             raise _RejectedError(f"the model fails on its golden examples: {error}") from error
-        except (IntegrityError, InvalidModelError) as error:
-            raise _RejectedError(str(error)) from error
-        except (ModelportError, OSError) as error:
-            raise _UnreadableError(str(error)) from error
         finally:
             figures |= verified.figures()
         return golden
@@ -368,11 +380,11 @@ def _import_engine(engine: str) -> None:
         import_tensorflow()
 
 
-def _new_engine(order: LoadOrder, parallelism: Parallelism) -> Engine:
+def _new_engine(order: LoadOrder, parallelism: Parallelism, samples: Mapping[str, Samples]) -> Engine:
     if order.engine == OPENVINO:
         from modelport_server.engines.openvino_engine import OpenVINOEngine
 
-        return OpenVINOEngine(parallelism=parallelism, precision=order.precision)
+        return OpenVINOEngine(parallelism=parallelism, precision=order.precision, samples=samples)
     from modelport_server.engines.tensorflow_engine import TensorFlowEngine
 
     return TensorFlowEngine(parallelism=parallelism, precision=order.precision)

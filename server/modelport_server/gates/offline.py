@@ -9,7 +9,7 @@ from time import monotonic
 
 from modelport_registry import Golden, IntegrityError, InvalidModelError, Manifest, Registry
 from modelport_server.engines.ahead import ALL_CORES
-from modelport_server.engines.choice import Candidate, EngineChoice
+from modelport_server.engines.choice import Attempt, Candidate, EngineChoice
 from modelport_server.engines.parallel import Parallelism, wide
 from modelport_server.engines.probing import probe
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
@@ -39,6 +39,8 @@ class OfflineCheck:
     """Told each gate as it begins."""
     parallelism: Parallelism | None = None
     """How many batches run at once; None for what suits the model."""
+    on_unfit: Callable[[Attempt], object] = lambda attempt: None
+    """Told of each engine and precision that can't run the version, once one is found that can."""
 
     async def run(self) -> tuple[GateResult, ...]:
         """Returns what each gate found, in order, up to the first that failed.
@@ -60,6 +62,9 @@ class OfflineCheck:
         )
         try:
             async with self._loaded(order, self.on_gate) as candidate:
+                for attempt in candidate.attempts:
+                    if attempt.reason and not attempt.row_ms:  # else it is merely slower
+                        self.on_unfit(attempt)
                 self.on_gate(SPEED)
                 return (*candidate.loaded.gates, await self._speed(order, candidate, policy.max_speed_ratio))
         except RejectedError as error:
@@ -80,7 +85,7 @@ class OfflineCheck:
         )
         chosen = await choice.run()
         try:
-            yield _LoadedVersion(chosen.process, chosen.loaded, manifest)
+            yield _LoadedVersion(chosen.process, chosen.loaded, manifest, chosen.attempts)
         finally:
             await chosen.process.stop()
 
@@ -130,6 +135,7 @@ class _LoadedVersion:
     engine: EngineProcess
     loaded: Loaded
     manifest: Manifest
+    attempts: Sequence[Attempt]
 
     @property
     def batched(self) -> frozenset[str]:
