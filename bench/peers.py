@@ -125,11 +125,10 @@ class Bench:
         before = os.times()
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         after = os.times()
-        if done.returncode:
-            sys.exit(f"error: loadgen failed: {done.stderr[-500:]}")
-        result: dict[str, Any] = json.loads(done.stdout)
+        result: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"failed": 1, "error": done.stderr[-500:]}
         if result["failed"]:
-            sys.exit(f"error: {server.name}: {result['failed']} calls failed: {result['error']}")
+            at_rate = f" at {rate:.0f} a second" if rate else ""
+            sys.exit(f"error: {server.name}, {case.name}{at_rate}: {result['failed']} failed: {result['error']}")
         spent_s = after.children_user + after.children_system - before.children_user - before.children_system
         return result | {
             "rows_per_s": result["per_s"] * rows,
