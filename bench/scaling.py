@@ -37,7 +37,6 @@ MOST_ROWS = 4096
 STREAM_ROWS = 1_000_000
 _STREAM_MESSAGE_ROWS = 32
 _STREAM_WINDOW = 16
-_CALLS_PER_CONNECTION = 512
 _LONGER_FROM = 1024
 """With so many rows in flight it is measured for twice as long: each takes longer."""
 _METHODS = "/modelport.v1.PredictionService"
@@ -68,9 +67,7 @@ class Stage:
         if not path.exists():
             path.write_bytes(_message(model, rows, stream=bool(window)))
         method = f"{_METHODS}/{'PredictStream' if window else 'Predict'}"
-        channels = -(-concurrency // _CALLS_PER_CONNECTION)
-        kind = "stream" if window else "unary"
-        load = [seconds, concurrency, kind, window, channels]
+        load = [seconds, concurrency, "stream" if window else "unary", window]
         return [*map(str, [self._loadgen, self.target, method, path, *load])]
 
     def measure(self, model: str, rows: int, seconds: float, concurrency: int, *, window: int = 0) -> dict[str, Any]:

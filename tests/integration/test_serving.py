@@ -135,6 +135,14 @@ def test_a_burst_of_calls_is_answered_whatever_the_front_is_at(server: ServerPro
         assert {wait().code for wait in waits} == {grpc.StatusCode.INVALID_ARGUMENT}
 
 
+def test_one_connection_may_have_more_calls_than_run_at_once(server: ServerProcess) -> None:
+    """Core would refuse calls that its peer rightly begins as others end; most clients call again, which hides it."""
+    options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(server.address, options=options) as channel:
+        waits = [start(channel, request("toy", {})) for _ in range(4000)]
+        assert {wait().code for wait in waits} == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
 def test_an_answer_larger_than_a_message_is_refused_and_a_stream_goes_on(zoo: Zoo) -> None:
     text = np.array([b"x" * (25 * MIB)], dtype=object)
     with open_channel(zoo.server.address) as channel:
