@@ -163,7 +163,8 @@ def installed(folder: Path, name: str, python: str, wanted: Sequence[str]) -> Pa
     """Returns the Python of an environment with the packages wanted, which is made if it is not there yet."""
     found = folder / name / "bin" / "python"
     done = folder / name / "installed"
-    text = "\n".join([python, *wanted])
+    ours = [(_ROOT / file).read_text() for file in ("pyproject.toml", "constraints.txt")]
+    text = "\n".join([python, *wanted, *(ours if wanted[: len(_OURS_INSTALLED)] == [*_OURS_INSTALLED] else ())])
     if done.exists() and done.read_text() == text:
         return found
     say(f"installing {name} and what it needs, which may take minutes")

@@ -37,8 +37,11 @@ MOST_ROWS = 4096
 STREAM_ROWS = 1_000_000
 _STREAM_MESSAGE_ROWS = 32
 _STREAM_WINDOW = 16
+_CALLS_PER_CONNECTION = 1024
+"""As many as the server takes; more would wait in the load generator."""
 _LONGER_FROM = 1024
-"""With so many rows in flight it is measured for twice as long: each takes longer."""
+"""With so many rows in flight it is measured for twice as long, with twice as many for three times: each takes longer.
+"""
 _METHODS = "/modelport.v1.PredictionService"
 _MIB = 1 << 20
 _LOOK_S = 0.5
@@ -67,7 +70,8 @@ class Stage:
         if not path.exists():
             path.write_bytes(_message(model, rows, stream=bool(window)))
         method = f"{_METHODS}/{'PredictStream' if window else 'Predict'}"
-        load = [seconds, concurrency, "stream" if window else "unary", window]
+        channels = -(-concurrency // _CALLS_PER_CONNECTION)
+        load = [seconds, concurrency, "stream" if window else "unary", window, channels]
         return [*map(str, [self._loadgen, self.target, method, path, *load])]
 
     def measure(self, model: str, rows: int, seconds: float, concurrency: int, *, window: int = 0) -> dict[str, Any]:

@@ -86,9 +86,10 @@ class EngineLimits:
     run_timeout_s: float = 60.0
     """The longest that one batch may run before the engine counts as hung, in seconds. Default 60."""
     max_memory_bytes: int = 0
-    """The most resident memory of an engine process; 0, the default, means 80% of the machine's."""
+    """The most resident memory of an engine process, and of what it starts while it loads; 0, the default, means 80%
+    of the machine's."""
     max_threads: int = 1024
-    """The most threads of an engine process. Default 1024."""
+    """The most threads of an engine process, and of what it starts while it loads. Default 1024."""
     max_concurrent_loads: int = 2
     """How many versions load at the same time, over all models. Default 2."""
     zygote: bool = True

@@ -123,8 +123,9 @@ its = lambda: (os.getpriority(os.PRIO_PROCESS, child.pid), len(os.sched_getaffin
 before = its()
 priority.lower()
 lowered = its()
-began = cpu_s()
-while cpu_s() < began + 0.05:
+others = lambda: cpu_s() - time.process_time()
+began = others()
+while others() < began + 0.05:
     time.sleep(0.01)
 priority.restore()
 restored = its()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from modelport_server.batching.batcher import Batcher
-from modelport_server.batching.calls import Call
+from modelport_server.batching.calls import BatchOutput, Call
 from modelport_server.errors import EngineDiedError, ExpiredError, ModelFailureError, NotAvailableError, OverloadedError
 from modelport_server.options import BatchLimits
 from modelport_server.tensors import RawTensor
@@ -303,12 +303,38 @@ async def test_an_idle_instance_takes_no_fewer_rows_than_are_worth_while_to_run(
     engine, batcher = await _two_instances()
     batcher.submit(new_call([0]))
     await settle()
-    batcher.submit(new_call(range(1, 20)))
+    batcher.submit(new_call(range(1, 10)))
     await settle()
-    assert [run.ids for run in engine.runs] == [[0]], "nineteen rows take less than 2 ms"
-    batcher.submit(new_call([20]))
+    assert [run.ids for run in engine.runs] == [[0]], "nine rows take less than 1 ms"
+    batcher.submit(new_call([10]))
     await settle()
-    assert [run.ids for run in engine.runs] == [[0], list(range(1, 21))]
+    assert [run.ids for run in engine.runs] == [[0], list(range(1, 11))]
+
+
+async def test_nobody_waits_for_a_batch_that_should_have_been_over_soon() -> None:
+    engine, batcher = await _two_instances()
+    batcher.submit(new_call([0]))
+    await settle()
+    begun = asyncio.Event()
+    engine.on_run = lambda _: begun.set()
+    batcher.submit(new_call([1]))
+    await asyncio.wait_for(begun.wait(), 10)
+    assert [run.ids for run in engine.runs] == [[0], [1]]
+
+
+async def test_nobody_waits_for_a_slow_signature() -> None:
+    """Though another signature of the version is fast."""
+    engine, batcher = await _two_instances()
+    batcher.submit(new_call([0], signature="texts"))
+    await settle()
+    slow = engine.runs[0]
+    slow.end.set_result(BatchOutput(slow.inputs, 100_000, lambda: None))
+    await settle()
+    batcher.submit(new_call([1], signature="texts"))
+    await settle()
+    batcher.submit(new_call([2]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [[1], [2]]
 
 
 async def test_nobody_waits_for_a_batch_that_takes_long() -> None:

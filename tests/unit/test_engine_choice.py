@@ -129,6 +129,7 @@ def test_what_is_tried() -> None:
     assert BOTH == ((OPENVINO, TENSORFLOW),)
     assert candidates(["tensorflow"], "float32") == ((TENSORFLOW,),)
     assert candidates(["openvino"], "bfloat16") == ((Candidate("openvino", "bfloat16"),), (OPENVINO,))
+    assert candidates(["openvino", "tensorflow"], "int8") == ((Candidate("openvino", "int8"),), (OPENVINO, TENSORFLOW))
 
 
 @pytest.mark.parametrize(("openvino_us", "winner"), [(100.0, "openvino"), (300.0, "tensorflow")])

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, BatchRunner, Call, Key, Part
@@ -30,8 +30,17 @@ _RATE_GAIN = 0.1
 _SOON_OVER_S = 0.02
 """A batch that takes no longer, in seconds, may be waited for."""
 _WORTH_SHARING_S = 0.002
-"""How long a batch has to run, in seconds, to be worth what it costs besides: only then are calls run in parts, or
-beside a batch that is soon over."""
+"""How long a batch has to run, in seconds, for it to be worth while to run it in parts: each costs something by itself.
+"""
+_WORTH_RUNNING_S = 0.001
+"""How long a batch has to run, in seconds, to be worth what it costs besides while another one is soon over."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    batch: Batch
+    soon_over_until: float
+    """Until when others may wait for its end, on the batcher's clock; 0 for one that takes long."""
 
 
 class Batcher:
@@ -65,10 +74,12 @@ class Batcher:
         self._bytes = 0
         self._unsplittable = 0
         """How many calls wait that run by themselves."""
-        self._in_flight: dict[asyncio.Future[BatchOutput], Batch] = {}
+        self._in_flight: dict[asyncio.Future[BatchOutput], _Running] = {}
         self._dispatching = False
-        self._rows_per_s = 0.0
-        """How many rows an instance runs in a second; 0 until that is known."""
+        self._gathering: asyncio.TimerHandle | None = None
+        """Until when calls wait for a batch that is soon over."""
+        self._rows_per_s: dict[str, float] = {}
+        """How many rows of a signature an instance runs in a second, once that is known."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed: ServeError | None = None
         self._paused = False
@@ -104,7 +115,7 @@ class Batcher:
         if call.deadline <= now:
             raise ExpiredError("the deadline had passed before the call was queued")
         if not self._has_room(call):
-            rate = (self._rows_per_s or _FIRST_RATE) * self._runner.instances
+            rate = self._rows_per_s.get(call.signature, _FIRST_RATE) * self._runner.instances
             wait_s = min(max(self._rows / rate, 0.005), 5.0)
             raise OverloadedError(f"the queue is full: {self._rows} rows wait", retry_after_s=wait_s)
         call.enqueued_at = now
@@ -146,6 +157,7 @@ class Batcher:
             self._fail(batch, error)
         self._retries.clear()
         self._wake_room()
+        self._stop_gathering()
         if self._expiry is not None:
             self._expiry.cancel()
 
@@ -229,9 +241,9 @@ class Batcher:
 
     def _close_oldest(self, keys: list[Key]) -> Batch | None:
         """Takes from the key that has waited longest, full or not: else a busy one would starve it."""
-        share = self._rows_of_a_share()
         for key in keys:
-            most = share if self._waiting[key][0].shareable else None
+            oldest = self._waiting[key][0]
+            most = self._rows_of_a_share(oldest.signature) if oldest.shareable else None
             selection = close_batch(self._live(key), self._limits, most=most)
             if selection is not None:
                 return self._take(key, selection.parts)
@@ -242,22 +254,38 @@ class Batcher:
 
         While an instance is idle, that is as many as the smallest batch under way has, and enough to run for a while:
         else a busy server would run ever smaller ones, each of which costs as much again in what it does once for a
-        batch. Nobody waits so for a batch that takes long.
+        batch. Nobody waits so for a batch that takes long, be it known beforehand or not.
         """
         if not self._in_flight:
             return 1
         if len(self._in_flight) >= self._runner.instances:
             return math.inf
-        fewest = min(batch.rows for batch in self._in_flight.values())
-        if fewest > _SOON_OVER_S * self._rows_per_s:
+        now = self._clock()
+        soon = [one for one in self._in_flight.values() if now < one.soon_over_until]
+        if not soon:
             return 1
-        return max(fewest, math.ceil(_WORTH_SHARING_S * self._rows_per_s))
+        if self._rows and self._gathering is None:
+            until = min(one.soon_over_until for one in soon)
+            self._gathering = asyncio.get_running_loop().call_later(until - now, self._gathered_enough)
+        fewest = min(one.batch.rows for one in soon)
+        rates = [self._rows_per_s.get(queue[0].signature, 0.0) for queue in self._waiting.values()]
+        return max(fewest, math.ceil(_WORTH_RUNNING_S * min(rates, default=0.0)))
 
-    def _rows_of_a_share(self) -> int:
+    def _gathered_enough(self) -> None:
+        self._gathering = None
+        self._dispatch()
+
+    def _stop_gathering(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+
+    def _rows_of_a_share(self, signature: str) -> int:
         """Returns the most rows of a batch, so that no instance is idle while another one has long to run."""
         most, idle = self._limits.max_batch_size, self._runner.instances - len(self._in_flight)
-        if idle > 1 and self._rows > 1 and self._rows_per_s:
-            most = min(most, max(math.ceil(self._rows / idle), math.ceil(_WORTH_SHARING_S * self._rows_per_s)))
+        rate = self._rows_per_s.get(signature, 0.0)
+        if idle > 1 and self._rows > 1 and rate:
+            most = min(most, max(math.ceil(self._rows / idle), math.ceil(_WORTH_SHARING_S * rate)))
         return most
 
     def _keys_oldest_first(self) -> list[Key]:
@@ -329,11 +357,14 @@ class Batcher:
         except Exception as error:
             running = asyncio.get_running_loop().create_future()
             running.set_exception(error)
-        self._in_flight[running] = batch
+        seconds = batch.rows / rate if (rate := self._rows_per_s.get(batch.signature)) else math.inf
+        soon_over_until = self._clock() + _SOON_OVER_S if seconds <= _SOON_OVER_S else 0.0
+        self._in_flight[running] = _Running(batch, soon_over_until)
         running.add_done_callback(self._on_end)
 
     def _on_end(self, running: asyncio.Future[BatchOutput]) -> None:
-        batch = self._in_flight.pop(running)
+        batch = self._in_flight.pop(running).batch
+        self._stop_gathering()
         error = asyncio.CancelledError() if running.cancelled() else running.exception()
         if error is None:
             self._hand_out(batch, running.result())
@@ -382,7 +413,8 @@ class Batcher:
                     )
         if output.engine_time_us > 0:
             rate = rows / (output.engine_time_us / 1e6)
-            self._rows_per_s += (_RATE_GAIN if self._rows_per_s else 1.0) * (rate - self._rows_per_s)
+            before = self._rows_per_s.get(batch.signature, rate)
+            self._rows_per_s[batch.signature] = before + _RATE_GAIN * (rate - before)
         cutters = [row_cutter(tensor) for tensor in output.outputs] if batch.parts[0].call.splittable else None
         first = 0
         for part in batch.parts:

@@ -62,11 +62,12 @@ def _libc() -> ctypes.CDLL:
 
 def cpu_s() -> float:
     """Returns the processor time of all threads and of all children, in seconds."""
-    times, ticks = os.times(), 0
+    ticks = 0
     for child in children():
         with suppress(OSError):
             fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])  # utime and stime, see proc(5)
+    times = os.times()  # after that: one that ends meanwhile is counted twice rather than not at all
     return time.process_time() + times.children_user + times.children_system + ticks / os.sysconf("SC_CLK_TCK")
 
 

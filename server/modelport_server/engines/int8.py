@@ -61,7 +61,8 @@ def quantise(model: Path, samples: Samples, folder: Path) -> Path:
         OSError: if files can't be written, or the process can't be started.
     """
     arrays = {f"{number}.{name}": array for number, inputs in enumerate(samples) for name, array in inputs.items()}
-    np.savez(folder / _SAMPLES, allow_pickle=False, **arrays)
+    save: Any = np.savez  # its types take every keyword for an option of newer versions
+    save(folder / _SAMPLES, **arrays)
     command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), str(model), str(folder)]
     silent = subprocess.DEVNULL  # it draws progress bars, and warns of what is ours to decide
     done = subprocess.run(command, stdin=silent, stdout=silent, stderr=silent, check=False)

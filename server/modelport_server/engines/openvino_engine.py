@@ -114,6 +114,7 @@ class OpenVINOEngine:
                     self._compile(folder, specs[name])
         except InvalidModelError as error:
             raise EngineError(f"OpenVINO can't read it: {error}") from error
+        self._samples = {}
         if self._precision == INT8 and not self._quantised:
             raise EngineError("nothing of it can be computed in int8")
 
@@ -146,11 +147,15 @@ class OpenVINOEngine:
         if not samples:
             why = "int8 is calibrated with golden examples, and it has none: publish some, or drop --precision"
             raise EngineError(f"{signature}: {why}")
-        with tempfile.TemporaryDirectory(prefix="modelport-") as scratch:
+        with contextlib.ExitStack() as stack:
             try:
-                yield quantise(folder, samples, Path(scratch))
+                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="modelport-"))
+                source = quantise(folder, samples, Path(scratch))
             except QuantisingError as error:
                 raise EngineError(f"{signature}: it can't be made int8: {_public(error)}") from error
+            except OSError as error:
+                raise EngineError(f"{signature}: it can't be made int8: {error.strerror or error}") from error
+            yield source
 
     def add(self, signature: str, compiled: Any, outputs: Sequence[str]) -> None:
         """Takes a compiled model, with the names of the outputs that are wanted.

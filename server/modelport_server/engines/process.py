@@ -22,7 +22,7 @@ from modelport_server.engines._memory import Region
 from modelport_server.engines._system import children
 from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.cores import BatchTimes, CoreSharing
-from modelport_server.engines.kinds import TENSORFLOW
+from modelport_server.engines.kinds import INT8, TENSORFLOW
 from modelport_server.engines.order import Loaded as Loaded
 from modelport_server.engines.order import LoadOrder as LoadOrder
 from modelport_server.engines.parallel import Parallelism, settled
@@ -108,6 +108,8 @@ class EngineProcess:
         self._free: list[int] = []
         self._parallelism = Parallelism()
         self._copying = False
+        self._starts_others = False
+        """Whether it starts processes while it loads, which count as its own."""
         self._ready: asyncio.Future[Loaded] | None = None
         self._gate = gates.INTEGRITY
         self._gate_began = 0.0
@@ -162,6 +164,7 @@ class EngineProcess:
             OSError: if the process could not be started.
         """
         self._ready = asyncio.get_running_loop().create_future()
+        self._starts_others = order.precision == INT8
         self._parallelism = order.parallelism or settled(0, 0, len(ALL_CORES))
         try:
             await self._start(order.engine)
@@ -443,8 +446,8 @@ class EngineProcess:
         limits = self._limits
         memory_limit = limits.memory_limit_bytes
         while not self._ended.is_set():
-            loading = self._ready is not None and not self._ready.done()
-            uses = [_use(pid) for pid in (self.pid, *(children(self.pid) if loading else ()))]
+            others = self._starts_others and self._ready is not None and not self._ready.done()
+            uses = [_use(pid) for pid in (self.pid, *(children(self.pid) if others else ()))]
             resident, threads = (sum(numbers) for numbers in zip(*uses, strict=True))
             if resident > memory_limit:
                 self.kill(f"it took more than {memory_limit >> 20} MiB of memory")
