@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class BulkCall:
         self._losses = 0  # connections in a row that brought no answer
         self._lost_at = 0.0
         self._patience = asyncio.timeout(None)  # of the connection at hand
+        self._answer_due: float | None = None  # on it, if an answer is waited for
         self._to_send = asyncio.Event()
         self._to_take = asyncio.Event()
         self._room = asyncio.Event()
@@ -172,7 +174,8 @@ class BulkCall:
                     await self._room.wait()
                 self._conversation.add(await anext(self._source))
                 self._to_send.set()
-                self._to_take.set()
+                if self._conversation.has_result:
+                    self._to_take.set()
         except StopAsyncIteration:
             pass
         except Exception as error:
@@ -202,8 +205,10 @@ class BulkCall:
     async def _connection(self) -> _End:
         self._conversation.begin_connection()
         self._patience = asyncio.timeout(None)
+        self._answer_due = None
         call = await self._open_call()
         writer = asyncio.create_task(self._write(call))
+        watcher = asyncio.create_task(self._watch())
         try:
             async with self._patience:
                 await self._read(call)
@@ -216,15 +221,19 @@ class BulkCall:
         finally:
             call.cancel()
             writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(writer, watcher, return_exceptions=True)
 
     async def _read(self, call: Call) -> None:
         try:
             async for message in call:
-                self._conversation.receive(message, time.monotonic())
-                self._be_patient()
-                self._to_take.set()
-                self._to_send.set()
+                now = time.monotonic()
+                self._conversation.receive(message, now)
+                self._be_patient(now)
+                if self._conversation.has_result:
+                    self._to_take.set()
+                if self._conversation.has_unsent or self._is_finished():
+                    self._to_send.set()
                 if self._conversation.ending is Ending.PIN_REFUSED:
                     return
         except grpc.aio.AioRpcError:
@@ -239,17 +248,25 @@ class BulkCall:
                 if message is None:
                     await self._wait_to_send(now)
                 else:
-                    if self._patience.when() is None:
-                        self._be_patient()
+                    if self._answer_due is None:
+                        self._be_patient(now)
                     await call.write(message)
             await call.done_writing()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             pass  # the stream has ended, which the reader sees too
 
-    def _be_patient(self) -> None:
+    def _be_patient(self, now: float) -> None:
         """Gives the next answer its time, from now; nobody waits where nothing was sent."""
-        until = asyncio.get_running_loop().time() + self._options.answer_timeout_s
-        self._patience.reschedule(until if self._conversation.is_waiting else None)
+        self._answer_due = now + self._options.answer_timeout_s if self._conversation.is_waiting else None
+
+    async def _watch(self) -> None:
+        """Ends the connection at hand when an answer is overdue; a timer for each would cost more than looking."""
+        left_s = self._options.answer_timeout_s
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            now = time.monotonic()
+            left_s = (self._answer_due or now + self._options.answer_timeout_s) - now
+        self._patience.reschedule(asyncio.get_running_loop().time())
 
     def _is_finished(self) -> bool:
         if self._conversation.ending is not Ending.NONE:
@@ -258,13 +275,13 @@ class BulkCall:
 
     async def _wait_to_send(self, now: float) -> None:
         due = self._conversation.next_time()
-        timeout_s = due - now if due is not None and due > now else None
         self._to_send.clear()
-        try:
-            async with asyncio.timeout(timeout_s):
+        if due is None or due <= now:
+            await self._to_send.wait()
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(due - now):
                 await self._to_send.wait()
-        except TimeoutError:
-            pass
 
     def _wait_s(self, end: _End) -> float:
         """Returns how long to wait before the next connection, in seconds.
