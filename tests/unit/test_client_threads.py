@@ -141,7 +141,7 @@ async def test_an_iterator_may_be_closed_in_its_own_thread() -> None:
         closed.set()
         yield 2
 
-    source = ThreadedIterator(batches())
+    source = ThreadedIterator(batches(), 2)
     assert await anext(source) == 1
     assert await anext(source) == 2
     assert closed.is_set()
