@@ -70,6 +70,23 @@ class _End:
         return _status.is_unreachable(self.code, self.details)
 
 
+class _Signal:
+    """Wakes the one task that waits for it; an Event, for which any number may wait, takes several times as long."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """Wakes the task, if it waits."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Waits until it is set from now on."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
 class BulkCall:
     """One stream of batches, over as many connections as it takes.
 
@@ -111,9 +128,9 @@ class BulkCall:
         self._lost_at = 0.0
         self._patience = asyncio.timeout(None)  # of the connection at hand
         self._answer_due: float | None = None  # on it, if an answer is waited for
-        self._to_send = asyncio.Event()
-        self._to_take = asyncio.Event()
-        self._room = asyncio.Event()
+        self._to_send = _Signal()
+        self._to_take = _Signal()
+        self._room = _Signal()
 
     async def results(self, limit: int) -> list[StreamResult]:
         """Waits for and returns the next results in order, ``limit`` at most; none at the end.
@@ -134,7 +151,6 @@ class BulkCall:
                 if self._input_error is not None:
                     raise self._input_error
                 return []
-            self._to_take.clear()
             await self._to_take.wait()
 
     async def aclose(self) -> None:
@@ -170,7 +186,6 @@ class BulkCall:
         try:
             while True:
                 while not self._conversation.has_room:
-                    self._room.clear()
                     await self._room.wait()
                 self._conversation.add(await anext(self._source))
                 self._to_send.set()
@@ -198,7 +213,6 @@ class BulkCall:
         while self._conversation.is_idle:
             if self._is_input_done:
                 return False
-            self._to_send.clear()
             await self._to_send.wait()
         return True
 
@@ -275,7 +289,6 @@ class BulkCall:
 
     async def _wait_to_send(self, now: float) -> None:
         due = self._conversation.next_time()
-        self._to_send.clear()
         if due is None or due <= now:
             await self._to_send.wait()
             return
