@@ -190,7 +190,7 @@ async def test_an_iterator_that_is_closed_while_it_waits_for_room_has_no_thread(
     assert "modelport-batches" not in [thread.name for thread in threading.enumerate()]
 
 
-def steps(*outcomes: Any) -> Callable[[], Coroutine[Any, Any, list[int]]]:
+def steps(*outcomes: list[int] | Exception | threading.Event) -> Callable[[], Coroutine[Any, Any, list[int]]]:
     """Returns what gives one outcome after the other; it waits for ever in place of an event, which it then sets."""
     left = iter(outcomes)
 
@@ -203,7 +203,8 @@ def steps(*outcomes: Any) -> Callable[[], Coroutine[Any, Any, list[int]]]:
                 await asyncio.Event().wait()
             finally:
                 outcome.set()
-        return list(outcome)
+            return []
+        return outcome
 
     return step
 
