@@ -126,8 +126,7 @@ class BulkCall:
         self._failure: BaseException | None = None
         self._losses = 0  # connections in a row that brought no answer
         self._lost_at = 0.0
-        self._patience = asyncio.timeout(None)  # of the connection at hand
-        self._answer_due: float | None = None  # on it, if an answer is waited for
+        self._answer_due: float | None = None  # on the connection at hand, if one is waited for
         self._to_send = _Signal()
         self._to_take = _Signal()
         self._room = _Signal()
@@ -218,13 +217,13 @@ class BulkCall:
 
     async def _connection(self) -> _End:
         self._conversation.begin_connection()
-        self._patience = asyncio.timeout(None)
         self._answer_due = None
+        patience = asyncio.timeout(None)
         call = await self._open_call()
         writer = asyncio.create_task(self._write(call))
-        watcher = asyncio.create_task(self._watch())
+        watcher = asyncio.create_task(self._watch(patience))
         try:
-            async with self._patience:
+            async with patience:
                 await self._read(call)
                 if self._conversation.ending is Ending.PIN_REFUSED:
                     return _End(_Code.OK, "")
@@ -273,14 +272,14 @@ class BulkCall:
         """Gives the next answer its time, from now; nobody waits where nothing was sent."""
         self._answer_due = now + self._options.answer_timeout_s if self._conversation.is_waiting else None
 
-    async def _watch(self) -> None:
-        """Ends the connection at hand when an answer is overdue; a timer for each would cost more than looking."""
+    async def _watch(self, patience: asyncio.Timeout) -> None:
+        """Ends ``patience`` when an answer is overdue; looks now and then, since a timer for each answer costs more."""
         left_s = self._options.answer_timeout_s
         while left_s > 0:
             await asyncio.sleep(left_s)
             now = time.monotonic()
-            left_s = (self._answer_due or now + self._options.answer_timeout_s) - now
-        self._patience.reschedule(asyncio.get_running_loop().time())
+            left_s = self._options.answer_timeout_s if self._answer_due is None else self._answer_due - now
+        patience.reschedule(asyncio.get_running_loop().time())
 
     def _is_finished(self) -> bool:
         if self._conversation.ending is not Ending.NONE:

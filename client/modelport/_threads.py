@@ -72,8 +72,8 @@ class LoopThread:
     def run_ahead(self, step: Callable[[], Coroutine[Any, Any, list[T]]]) -> Generator[list[T], None, None]:
         """Yields what ``step`` returns, called again and again in the loop until that is empty.
 
-        Does not wait for its taker, so that a thread waits once for what comes and not for every call too:
-        ``step`` itself has to see to it that there is not too much.
+        It is called without waiting for the one who takes, who so has to ask for nothing, only to wait: ``step``
+        itself sees to it that there is never too much.
 
         Raises:
             ClientClosedError: if the loop was closed, before or meanwhile.
@@ -92,7 +92,8 @@ class LoopThread:
                 yield some
             self._result(outcome)
         finally:
-            cancel()
+            if not outcome.done():
+                cancel()  # and does not wait for it, since it may be the loop's thread that collects this
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yields what ``items`` does, which runs in the loop and is closed with this generator."""
