@@ -497,6 +497,29 @@ async def test_an_iterable_that_blocks_does_not_keep_a_stream_from_being_left() 
         await server.streams_ended()
 
 
+async def test_a_blocking_stream_that_can_not_be_resumed_gives_what_was_answered_first() -> None:
+    killers: list[asyncio.Task[None]] = []
+
+    async def die_at_10(request: Request) -> None:
+        if request.sequence == 10:
+            killers.append(asyncio.create_task(server.kill()))
+            await asyncio.Event().wait()
+
+    def work(address: str) -> None:
+        results: list[StreamResult] = []
+        with Client(address, retry=QUICK) as client:
+            stream = client.predict_stream("m", batches(30), window=4, resume_timeout_s=0.3)
+            with pytest.raises(StreamInterruptedError) as caught:
+                results.extend(stream)
+        check(results, 9)
+        assert caught.value.answered == 9
+        assert caught.value.unanswered == (9, 10, 11, 12)
+
+    server = FakeServer(on_request=die_at_10)
+    async with server:
+        await in_thread(work, server.address)
+
+
 async def test_who_waits_for_a_blocking_stream_is_told_that_its_client_was_closed() -> None:
     async def hang(request: Request) -> None:
         if request.sequence == 2:
