@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -69,6 +70,23 @@ class _End:
         return _status.is_unreachable(self.code, self.details)
 
 
+class _Signal:
+    """Wakes the one task that waits for it; an Event, for which any number may wait, takes several times as long."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """Wakes the task, if it waits."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Waits until it is set from now on."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
 class BulkCall:
     """One stream of batches, over as many connections as it takes.
 
@@ -108,10 +126,10 @@ class BulkCall:
         self._failure: BaseException | None = None
         self._losses = 0  # connections in a row that brought no answer
         self._lost_at = 0.0
-        self._patience = asyncio.timeout(None)  # of the connection at hand
-        self._to_send = asyncio.Event()
-        self._to_take = asyncio.Event()
-        self._room = asyncio.Event()
+        self._answer_due: float | None = None  # on the connection at hand, if one is waited for
+        self._to_send = _Signal()
+        self._to_take = _Signal()
+        self._room = _Signal()
 
     async def results(self, limit: int) -> list[StreamResult]:
         """Waits for and returns the next results in order, ``limit`` at most; none at the end.
@@ -132,7 +150,6 @@ class BulkCall:
                 if self._input_error is not None:
                     raise self._input_error
                 return []
-            self._to_take.clear()
             await self._to_take.wait()
 
     async def aclose(self) -> None:
@@ -168,11 +185,11 @@ class BulkCall:
         try:
             while True:
                 while not self._conversation.has_room:
-                    self._room.clear()
                     await self._room.wait()
                 self._conversation.add(await anext(self._source))
                 self._to_send.set()
-                self._to_take.set()
+                if self._conversation.has_result:
+                    self._to_take.set()
         except StopAsyncIteration:
             pass
         except Exception as error:
@@ -195,17 +212,18 @@ class BulkCall:
         while self._conversation.is_idle:
             if self._is_input_done:
                 return False
-            self._to_send.clear()
             await self._to_send.wait()
         return True
 
     async def _connection(self) -> _End:
         self._conversation.begin_connection()
-        self._patience = asyncio.timeout(None)
+        self._answer_due = None
+        patience = asyncio.timeout(None)
         call = await self._open_call()
         writer = asyncio.create_task(self._write(call))
+        watcher = asyncio.create_task(self._watch(patience))
         try:
-            async with self._patience:
+            async with patience:
                 await self._read(call)
                 if self._conversation.ending is Ending.PIN_REFUSED:
                     return _End(_Code.OK, "")
@@ -216,15 +234,19 @@ class BulkCall:
         finally:
             call.cancel()
             writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(writer, watcher, return_exceptions=True)
 
     async def _read(self, call: Call) -> None:
         try:
             async for message in call:
-                self._conversation.receive(message, time.monotonic())
-                self._be_patient()
-                self._to_take.set()
-                self._to_send.set()
+                now = time.monotonic()
+                self._conversation.receive(message, now)
+                self._be_patient(now)
+                if self._conversation.has_result:
+                    self._to_take.set()
+                if self._conversation.has_unsent or self._is_finished():
+                    self._to_send.set()
                 if self._conversation.ending is Ending.PIN_REFUSED:
                     return
         except grpc.aio.AioRpcError:
@@ -239,17 +261,25 @@ class BulkCall:
                 if message is None:
                     await self._wait_to_send(now)
                 else:
-                    if self._patience.when() is None:
-                        self._be_patient()
+                    if self._answer_due is None:
+                        self._be_patient(now)
                     await call.write(message)
             await call.done_writing()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             pass  # the stream has ended, which the reader sees too
 
-    def _be_patient(self) -> None:
+    def _be_patient(self, now: float) -> None:
         """Gives the next answer its time, from now; nobody waits where nothing was sent."""
-        until = asyncio.get_running_loop().time() + self._options.answer_timeout_s
-        self._patience.reschedule(until if self._conversation.is_waiting else None)
+        self._answer_due = now + self._options.answer_timeout_s if self._conversation.is_waiting else None
+
+    async def _watch(self, patience: asyncio.Timeout) -> None:
+        """Ends ``patience`` when an answer is overdue; looks now and then, since a timer for each answer costs more."""
+        left_s = self._options.answer_timeout_s
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            now = time.monotonic()
+            left_s = self._options.answer_timeout_s if self._answer_due is None else self._answer_due - now
+        patience.reschedule(asyncio.get_running_loop().time())
 
     def _is_finished(self) -> bool:
         if self._conversation.ending is not Ending.NONE:
@@ -258,13 +288,12 @@ class BulkCall:
 
     async def _wait_to_send(self, now: float) -> None:
         due = self._conversation.next_time()
-        timeout_s = due - now if due is not None and due > now else None
-        self._to_send.clear()
-        try:
-            async with asyncio.timeout(timeout_s):
+        if due is None or due <= now:
+            await self._to_send.wait()
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(due - now):
                 await self._to_send.wait()
-        except TimeoutError:
-            pass
 
     def _wait_s(self, end: _End) -> float:
         """Returns how long to wait before the next connection, in seconds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 
@@ -171,13 +172,16 @@ class Client:
     def _results(
         self, target: Target, batches: Iterable[Inputs], options: StreamOptions
     ) -> Generator[StreamResult, None, None]:
-        source = ThreadedIterator(batches)
+        source = ThreadedIterator(batches, options.window)
         bulk_call = self._loop.run(_begun(self._client, target, source, options))
         at_once = min(_RESULTS_AT_ONCE, options.window)
+        ahead = self._loop.run_ahead(functools.partial(bulk_call.results, at_once))  # of batches that had room
         try:
-            while results := self._loop.run(bulk_call.results(at_once)):
+            for results in ahead:
+                source.make_room(len(results))
                 yield from results
         finally:
+            ahead.close()
             self._loop.try_run(bulk_call.aclose())
             source.close()
 

@@ -10,9 +10,9 @@ what is kept is bounded by the window, however long the stream.
 
 from __future__ import annotations
 
+import bisect
 import logging
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -45,19 +45,14 @@ class Ending(Enum):
     """The version that the stream was on is not there any more: begin again without it."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Batch:
     index: int
     message: prediction_pb2.PredictStreamRequest | None
     outcome: Prediction | ModelportError | None = None
-    is_sent: bool = False
     failures: int = 0
     failing_since: float | None = None
     ready_at: float = 0.0
-
-    @property
-    def is_waiting(self) -> bool:
-        return self.outcome is None and not self.is_sent
 
 
 class Conversation:
@@ -86,8 +81,9 @@ class Conversation:
         self._retrier = retrier
         self._server = server
         self._signatures = signatures or SignatureCache()
-        self._batches: deque[_Batch] = deque()
-        self._sent: deque[_Batch] = deque()  # on this connection and unanswered, in order
+        self._batches: deque[_Batch] = deque()  # until their results are taken
+        self._unsent: list[_Batch] = []  # of those without an outcome, those to be sent, in order
+        self._sent: dict[int, _Batch] = {}  # the others, which were sent on this connection, by sequence number
         self._added = 0
         self._taken = 0
         self._answers = 0  # on this connection
@@ -135,7 +131,17 @@ class Conversation:
     @property
     def is_idle(self) -> bool:
         """Whether every batch that was added has its outcome."""
-        return all(batch.outcome is not None for batch in self._batches)
+        return not self._unsent and not self._sent
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether any batch is still to be sent over the connection at hand, be it later."""
+        return bool(self._unsent)
+
+    @property
+    def has_result(self) -> bool:
+        """Whether there is a result to take."""
+        return bool(self._batches) and self._batches[0].outcome is not None
 
     def add(self, batch: prediction_pb2.PredictStreamRequest | ModelportError) -> None:
         """Takes another batch in: a request to send, or what was wrong with it before it could be sent."""
@@ -143,12 +149,12 @@ class Conversation:
             self._batches.append(_Batch(self._added, None, outcome=batch))
         else:
             self._batches.append(_Batch(self._added, batch))
+            self._unsent.append(self._batches[-1])
         self._added += 1
 
     def begin_connection(self) -> None:
         """A new connection is open; whatever has no answer is to be sent over it, in order."""
-        for batch in self._sent:
-            batch.is_sent = False
+        self._unsent = [batch for batch in self._batches if batch.outcome is None]
         self._sent.clear()
         self._answers = 0
         self._is_first = True
@@ -162,17 +168,17 @@ class Conversation:
         """
         if self.ending is not Ending.NONE or (self._sent and not self._answers):
             return None
-        batch = next((b for b in self._waiting() if b.ready_at <= now), None)
+        batch = next((b for b in self._unsent if b.ready_at <= now), None)
         if batch is None or batch.message is None:
             return None
-        batch.is_sent = True
-        self._sent.append(batch)
+        self._unsent.remove(batch)
+        self._sent[batch.index + 1] = batch
         self._address(batch.index, batch.message)
         return batch.message
 
     def next_time(self) -> float | None:
         """Returns when the next delayed batch is due, by the clock given to ``receive``; None if none is."""
-        return min((batch.ready_at for batch in self._waiting()), default=None)
+        return min((batch.ready_at for batch in self._unsent), default=None)
 
     def receive(self, message: prediction_pb2.PredictStreamResponse, now: float) -> None:
         """Takes in what came over this connection; see ``ending`` afterwards.
@@ -232,9 +238,6 @@ class Conversation:
                 break
         return results
 
-    def _waiting(self) -> Iterator[_Batch]:
-        return (batch for batch in self._batches if batch.is_waiting)
-
     def _address(self, index: int, message: prediction_pb2.PredictStreamRequest) -> None:
         """Writes into a message what it needs at its place on the connection at hand; it may have been on another."""
         request = message.request
@@ -283,8 +286,8 @@ class Conversation:
             retry_after_s = error.retry_after_ms / 1000 or None
             self._settle(batch, rpc_error(code, error.message, server=self._server, retry_after_s=retry_after_s))
         else:
-            batch.is_sent = False
             batch.ready_at = now + wait_s
+            bisect.insort(self._unsent, batch, key=lambda unsent: unsent.index)
 
     def _retry_wait_s(self, batch: _Batch, code: grpc.StatusCode, retry_after_s: float, now: float) -> float | None:
         """Returns how long to wait before a batch is sent again; None for not at all.
@@ -314,9 +317,8 @@ class Conversation:
 
     def _claim(self, sequence: int) -> _Batch | None:
         """Returns the batch that an answer is for; a server that could not read which says 0: the oldest."""
-        batch = next((b for b in self._sent if sequence in (0, b.index + 1)), None)
+        batch = self._sent.pop(sequence or next(iter(self._sent), 0), None)
         if batch is not None:
-            self._sent.remove(batch)
             self._answers += 1
         return batch
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar, cast
@@ -42,11 +43,7 @@ class LoopThread:
             raise RuntimeError("a blocking call in the client's own thread would wait for itself")
         outcome, cancel = self._begun(coroutine)
         try:
-            return outcome.result()
-        except CancelledError as error:
-            if self._is_closed:
-                raise ClientClosedError("the client was closed during the call") from error
-            raise
+            return self._result(outcome)
         finally:
             if not outcome.done():
                 cancel()
@@ -71,6 +68,32 @@ class LoopThread:
         """
         with self._lock:
             self._started().call_soon_threadsafe(callback)
+
+    def run_ahead(self, step: Callable[[], Coroutine[Any, Any, list[T]]]) -> Generator[list[T], None, None]:
+        """Yields what ``step`` returns, called again and again in the loop until that is empty.
+
+        It is called without waiting for the one who takes, who so has to ask for nothing, only to wait: ``step``
+        itself sees to it that there is never too much.
+
+        Raises:
+            ClientClosedError: if the loop was closed, before or meanwhile.
+            Exception: whatever ``step`` raised, after all that it returned before.
+        """
+        made: queue.SimpleQueue[list[T]] = queue.SimpleQueue()
+
+        async def make() -> None:
+            while some := await step():
+                made.put(some)
+
+        outcome, cancel = self._begun(make())
+        outcome.add_done_callback(lambda _: made.put([]))
+        try:
+            while some := made.get():
+                yield some
+            self._result(outcome)
+        finally:
+            if not outcome.done():
+                cancel()  # and does not wait for it, since it may be the loop's thread that collects this
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yields what ``items`` does, which runs in the loop and is closed with this generator."""
@@ -102,6 +125,14 @@ class LoopThread:
     def is_here(self) -> bool:
         """Whether this is the loop's own thread."""
         return threading.current_thread() is self._thread
+
+    def _result(self, outcome: Future[T]) -> T:
+        try:
+            return outcome.result()
+        except CancelledError as error:
+            if self._is_closed:
+                raise ClientClosedError("the client was closed during the call") from error
+            raise
 
     def _begun(self, coroutine: Coroutine[Any, Any, T]) -> tuple[Future[T], Callable[[], None]]:
         """Returns what will have come of ``coroutine`` once it has ended, and what cancels it."""
@@ -177,55 +208,84 @@ async def _close(items: AsyncGenerator[object, None], running: list[asyncio.Task
 
 
 class ThreadedIterator(AsyncIterator[T], Generic[T]):
-    """Iterates a blocking iterable in a thread of its own, one item whenever one is asked for.
+    """Iterates a blocking iterable in a thread of its own, ahead of who asks for as long as there is room.
 
     A thread, and not the caller's between two results: an iterable that waits for its next item must
-    not hold back the answers to those before it.
+    not hold back the answers to those before it. It wakes the loop once for all items that are there
+    when the loop looks.
+
+    Args:
+        iterable: what is iterated.
+        room: how many items are taken from it at first; ``make_room`` lets it take more.
     """
 
-    def __init__(self, iterable: Iterable[T]) -> None:
+    def __init__(self, iterable: Iterable[T], room: int) -> None:
         self._iterable = iterable
-        self._wanted: queue.SimpleQueue[asyncio.Future[object] | None] = queue.SimpleQueue()
+        self._room = room
+        self._more_room: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._items: deque[object] = deque()
+        self._error: Exception | None = None  # which ended the iteration
+        self._has_items = asyncio.Event()
+        self._is_woken = False
+        self._is_closed = False
         self._thread: threading.Thread | None = None
 
     async def __anext__(self) -> T:
-        loop = asyncio.get_running_loop()
         if self._thread is None:
+            loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._main, args=(loop,), name="modelport-batches", daemon=True)
             self._thread.start()
-        future: asyncio.Future[object] = loop.create_future()
-        self._wanted.put(future)
-        item = await future
-        if item is _END:
-            raise StopAsyncIteration
-        return item  # type: ignore[return-value]
+        while not self._items:
+            self._has_items.clear()
+            await self._has_items.wait()
+        if self._items[0] is not _END:
+            return cast("T", self._items.popleft())
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    def make_room(self, count: int) -> None:
+        """Lets so many more items be taken; any thread may call this."""
+        self._more_room.put(count)
 
     def close(self) -> None:
         """Ends the thread and waits a moment for it; if the iterable blocks, it ends when that goes on.
 
         Does not wait where the garbage collector may close it: in that thread, and in the loop's, which it waits for.
         """
-        self._wanted.put(None)
+        self._is_closed = True
+        self.make_room(0)
         if self._thread not in (None, threading.current_thread()) and not _is_in_loop():
             self._thread.join(_JOIN_TIMEOUT_S)
 
     def _main(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             iterator = iter(self._iterable)
+            item: object = None
+            while item is not _END and self._takes_room():
+                item = next(iterator, _END)
+                self._hand_over(item, loop)
         except Exception as error:
-            return self._fail(loop, error)
-        while (future := self._wanted.get()) is not None:
-            try:
-                item: object = next(iterator, _END)
-            except Exception as error:
-                _answer(loop, future, error)
-            else:
-                _answer(loop, future, item)
-        return None
+            self._error = error
+            self._hand_over(_END, loop)
 
-    def _fail(self, loop: asyncio.AbstractEventLoop, error: Exception) -> None:
-        while (future := self._wanted.get()) is not None:
-            _answer(loop, future, error)
+    def _takes_room(self) -> bool:
+        """Waits for the room that one item takes; returns False if none is to be taken any more."""
+        while not self._room and not self._is_closed:
+            self._room += self._more_room.get()
+        self._room -= 1
+        return not self._is_closed
+
+    def _hand_over(self, item: object, loop: asyncio.AbstractEventLoop) -> None:
+        self._items.append(item)
+        if not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits any more
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_woken = False  # before it looks: what comes later wakes the loop again
+        self._has_items.set()
 
 
 def _is_in_loop() -> bool:
@@ -234,17 +294,3 @@ def _is_in_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[object], outcome: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits any more
-        loop.call_soon_threadsafe(_settle, future, outcome)
-
-
-def _settle(future: asyncio.Future[object], outcome: object) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)

@@ -456,10 +456,90 @@ async def test_a_slow_iterable_does_not_hold_back_answers() -> None:
         await in_thread(work, server.address)
 
 
+async def test_an_iterable_that_blocks_holds_back_no_answer_to_the_batches_before() -> None:
+    def work(address: str) -> None:
+        answered = threading.Event()
+
+        def blocks_in_the_middle() -> Iterator[dict[str, Any]]:
+            yield from batches(5)
+            assert answered.wait(30)
+            yield from batches(5, start=5)
+
+        with Client(address) as client:
+            results: list[StreamResult] = []
+            for result in client.predict_stream("m", blocks_in_the_middle()):
+                results.append(result)
+                if len(results) == 5:
+                    answered.set()
+        check(results, 10)
+
+    async with FakeServer() as server:
+        await in_thread(work, server.address)
+
+
+async def test_an_iterable_that_blocks_does_not_keep_a_stream_from_being_left() -> None:
+    def work(address: str) -> None:
+        left = threading.Event()
+
+        def blocks() -> Iterator[dict[str, Any]]:
+            yield batch(0)
+            left.wait(30)
+
+        with Client(address) as client:
+            stream = client.predict_stream("m", blocks())
+            next(stream)
+            stream.close()
+            assert not left.is_set()
+            left.set()
+
+    async with FakeServer() as server:
+        await in_thread(work, server.address)
+        await server.streams_ended()
+
+
+async def test_a_blocking_stream_that_can_not_be_resumed_gives_what_was_answered_first() -> None:
+    killers: list[asyncio.Task[None]] = []
+
+    async def die_at_10(request: Request) -> None:
+        if request.sequence == 10:
+            killers.append(asyncio.create_task(server.kill()))
+            await asyncio.Event().wait()
+
+    def work(address: str) -> None:
+        results: list[StreamResult] = []
+        with Client(address, retry=QUICK) as client:
+            stream = client.predict_stream("m", batches(30), window=4, resume_timeout_s=0.3)
+            with pytest.raises(StreamInterruptedError) as caught:
+                results.extend(stream)
+        check(results, 9)
+        assert caught.value.answered == 9
+        assert caught.value.unanswered == (9, 10, 11, 12)
+
+    server = FakeServer(on_request=die_at_10)
+    async with server:
+        await in_thread(work, server.address)
+
+
+async def test_who_waits_for_a_blocking_stream_is_told_that_its_client_was_closed() -> None:
+    async def hang(request: Request) -> None:
+        if request.sequence == 2:
+            await asyncio.Event().wait()
+
+    async with FakeServer(on_request=hang) as server:
+        client = Client(server.address)
+        stream = client.predict_stream("m", batches(9))
+        assert (await in_thread(next, stream)).index == 0
+        waiting = asyncio.create_task(in_thread(list, stream))
+        await server.seen(2)
+        await in_thread(client.close)
+        with pytest.raises(ClientClosedError):
+            await waiting
+
+
 async def test_what_a_blocking_iterable_raises_reaches_the_caller() -> None:
     def work(address: str) -> None:
         def failing() -> Iterator[dict[str, Any]]:
-            yield batch(0)
+            yield from batches(3)
             raise LookupError("my own")
 
         class NotIterable:
@@ -470,6 +550,7 @@ async def test_what_a_blocking_iterable_raises_reaches_the_caller() -> None:
             results: list[StreamResult] = []
             with pytest.raises(LookupError, match="my own"):
                 results.extend(client.predict_stream("m", failing()))
+            check(results, 3)
             with pytest.raises(TypeError, match="not today"):
                 list(client.predict_stream("m", NotIterable()))
             assert client.predict("m", [1]).version == 1
@@ -510,6 +591,15 @@ async def test_a_server_that_falls_silent_counts_as_broken() -> None:
     async with FakeServer(on_request=hang_once) as server, AsyncClient(server.address, retry=QUICK) as client:
         check(await collected(client.predict_stream("m", batches(30), timeout_s=0.2)), 30)
     assert server.streams == 2
+
+
+async def test_a_server_that_takes_its_time_for_each_answer_is_not_silent() -> None:
+    async def slow(request: Request) -> None:
+        await asyncio.sleep(0.1)
+
+    async with FakeServer(on_request=slow) as server, AsyncClient(server.address) as client:
+        check(await collected(client.predict_stream("m", batches(10), timeout_s=0.6)), 10)
+    assert server.streams == 1
 
 
 async def test_a_server_that_stays_silent_interrupts_the_stream() -> None:

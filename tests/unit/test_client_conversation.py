@@ -185,6 +185,35 @@ def test_a_full_server_is_asked_again_later_and_order_is_kept() -> None:
     assert [r.index for r in books.take(9)] == [1, 2]
 
 
+def test_what_is_sent_again_goes_before_what_was_added_later() -> None:
+    books = conversation(return_errors=True)
+    add(books, 4)
+    sent(books)
+    books.receive(answer(1), 0.0)
+    assert sequences(sent(books)) == [2, 3, 4]
+    assert not books.has_unsent
+    add(books, 1)
+    books.receive(error(4, grpc.StatusCode.UNAVAILABLE), 0.0)
+    books.receive(error(2, grpc.StatusCode.UNAVAILABLE), 0.0)
+    assert books.has_unsent
+    assert sequences(sent(books, 100.0)) == [2, 4, 5]
+
+
+def test_a_result_is_there_once_its_turn_has_come() -> None:
+    books = conversation()
+    assert not books.has_result
+    add(books, 2)
+    sent(books)
+    books.receive(error(1, grpc.StatusCode.UNAVAILABLE), 0.0)
+    books.begin_connection()
+    sent(books, 100.0)
+    assert not books.has_result
+    books.receive(answer(1), 100.0)
+    assert books.has_result
+    books.take(1)
+    assert not books.has_result
+
+
 @pytest.mark.parametrize(
     ("code", "retry_after_ms", "is_retried"),
     [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -141,7 +142,118 @@ async def test_an_iterator_may_be_closed_in_its_own_thread() -> None:
         closed.set()
         yield 2
 
-    source = ThreadedIterator(batches())
+    source = ThreadedIterator(batches(), 2)
     assert await anext(source) == 1
     assert await anext(source) == 2
     assert closed.is_set()
+
+
+async def test_an_iterator_takes_what_it_has_room_for_and_no_more() -> None:
+    taken = 0
+
+    def numbers() -> Generator[int]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken
+
+    source = ThreadedIterator(numbers(), 2)
+    assert [await anext(source), await anext(source)] == [1, 2]
+    third = asyncio.ensure_future(anext(source))
+    await asyncio.wait({third}, timeout=0.1)
+    assert not third.done()
+    assert taken == 2
+    source.make_room(2)
+    assert [await third, await anext(source)] == [3, 4]
+    source.close()
+    assert taken == 4
+
+
+async def test_an_iterator_gives_what_came_before_an_error_first_and_goes_on_to_raise_it() -> None:
+    def failing() -> Generator[int]:
+        yield 1
+        yield 2
+        raise LookupError("my own")
+
+    source = ThreadedIterator(failing(), 9)
+    assert [await anext(source), await anext(source)] == [1, 2]
+    for _ in range(2):
+        with pytest.raises(LookupError, match="my own"):
+            await anext(source)
+    source.close()
+
+
+async def test_an_iterator_that_is_closed_while_it_waits_for_room_has_no_thread() -> None:
+    source = ThreadedIterator(iter(range(9)), 1)
+    assert await anext(source) == 0
+    await asyncio.to_thread(source.close)
+    assert "modelport-batches" not in [thread.name for thread in threading.enumerate()]
+
+
+def steps(*outcomes: list[int] | Exception | threading.Event) -> Callable[[], Coroutine[Any, Any, list[int]]]:
+    """Returns what gives one outcome after the other; it waits for ever in place of an event, which it then sets."""
+    left = iter(outcomes)
+
+    async def step() -> list[int]:
+        outcome = next(left)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(outcome, threading.Event):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                outcome.set()
+            return []
+        return outcome
+
+    return step
+
+
+def test_what_runs_ahead_ends_with_nothing_or_with_an_error_after_all_else() -> None:
+    thread = LoopThread("test")
+    assert list(thread.run_ahead(steps([1, 2], [3], []))) == [[1, 2], [3]]
+    made = thread.run_ahead(steps([1], [2], LookupError("my own")))
+    assert [next(made), next(made)] == [[1], [2]]
+    with pytest.raises(LookupError, match="my own"):
+        next(made)
+    thread.close(nothing)
+
+
+def test_what_runs_ahead_is_cancelled_by_closing_it() -> None:
+    thread = LoopThread("test")
+    cancelled = threading.Event()
+    made = thread.run_ahead(steps([1], cancelled))
+    assert next(made) == [1]
+    made.close()
+    assert cancelled.wait(_PATIENCE_S)
+    thread.close(nothing)
+
+
+def test_what_runs_ahead_is_cancelled_by_an_interrupt() -> None:
+    thread = LoopThread("test")
+    cancelled = threading.Event()
+    made = thread.run_ahead(steps([1], cancelled))
+    assert next(made) == [1]
+    main = threading.get_ident()
+    interrupter = threading.Thread(target=lambda: signal.pthread_kill(main, signal.SIGINT))
+
+    def wait_interrupted() -> None:
+        interrupter.start()
+        next(made)
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_interrupted()
+    made.close()  # does nothing, unless the interrupt came before it waited
+    assert cancelled.wait(_PATIENCE_S)
+    interrupter.join()
+    thread.close(nothing)
+
+
+def test_who_waits_for_what_runs_ahead_is_told_of_a_close() -> None:
+    thread = LoopThread("test")
+    made = thread.run_ahead(steps([1], threading.Event()))
+    assert next(made) == [1]
+    waiting = in_thread(lambda: next(made))
+    thread.close(nothing)
+    with pytest.raises(ClientClosedError, match="closed during the call"):
+        waiting.result(_PATIENCE_S)
