@@ -187,7 +187,7 @@ def channel_options(options: RpcOptions) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
         ("grpc.max_concurrent_streams", options.max_streams_per_connection),
-        # Else it refuses calls beyond that also while calls that have been answered are being taken down.
+        # Else it refuses calls while others that have been answered are being taken down (docs/adr/0057).
         ("grpc.http.overload_protection", 0),
         ("grpc.so_reuseport", int(options.reuse_port)),
         # Else of 1000 calls that have come faster than they are taken core ends some at random, as CANCELLED.

@@ -143,6 +143,17 @@ def test_one_connection_may_have_more_calls_than_run_at_once(server: ServerProce
         assert {wait().code for wait in waits} == {grpc.StatusCode.INVALID_ARGUMENT}
 
 
+def test_calls_that_are_cancelled_at_once_over_and_over_take_little_memory(server: ServerProcess) -> None:
+    front = psutil.Process(server.process.pid)
+    with open_channel(server.address) as channel:
+        _queued(channel)
+        before = front.memory_info().rss
+        for _ in range(20_000):
+            start_raw(channel, request("toy", {})).cancel()
+        _queued(channel)
+        assert front.memory_info().rss - before < 200 * MIB
+
+
 def test_an_answer_larger_than_a_message_is_refused_and_a_stream_goes_on(zoo: Zoo) -> None:
     text = np.array([b"x" * (25 * MIB)], dtype=object)
     with open_channel(zoo.server.address) as channel:
