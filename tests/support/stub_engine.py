@@ -116,7 +116,7 @@ def _hold_at_gates() -> None:
     loading._gate, worker.Worker._run = gate, run  # type: ignore[method-assign]
 
 
-def _new_engine(order: LoadOrder, parallelism: Parallelism) -> StubEngine:
+def _new_engine(order: LoadOrder, parallelism: Parallelism, samples: object) -> StubEngine:
     return StubEngine()
 
 
