@@ -156,15 +156,25 @@ def build_loadgen(folder: Path) -> Path:
 def environment(folder: Path, name: str, python: str) -> Path:
     """Returns the Python of a server's environment, which is installed if it is not there yet."""
     engines = [f"{one}=={importlib.metadata.version(one)}" for one in _WITH_ENGINES]
-    return installed(folder, name, python, [*(_INSTALLED.get(name) or _OURS_INSTALLED), *engines])
+    if name != MODELPORT:
+        return installed(folder, name, python, [*_INSTALLED[name], *engines])
+    read = [_ROOT / "pyproject.toml", _ROOT / "constraints.txt"]
+    return installed(folder, name, python, [*_OURS_INSTALLED, *engines], read=read)
 
 
-def installed(folder: Path, name: str, python: str, wanted: Sequence[str]) -> Path:
-    """Returns the Python of an environment with the packages wanted, which is made if it is not there yet."""
+def installed(folder: Path, name: str, python: str, wanted: Sequence[str], *, read: Sequence[Path] = ()) -> Path:
+    """Returns the Python of an environment, which is made if it is not there yet, or not of what is wanted now.
+
+    Args:
+        folder: where environments are.
+        name: its own.
+        python: what it is made with.
+        wanted: arguments of ``pip install``.
+        read: files from which pip learns more; the environment is made anew when these have changed.
+    """
     found = folder / name / "bin" / "python"
     done = folder / name / "installed"
-    ours = [(_ROOT / file).read_text() for file in ("pyproject.toml", "constraints.txt")]
-    text = "\n".join([python, *wanted, *(ours if wanted[: len(_OURS_INSTALLED)] == [*_OURS_INSTALLED] else ())])
+    text = "\n".join([python, *wanted, *(file.read_text() for file in read)])
     if done.exists() and done.read_text() == text:
         return found
     say(f"installing {name} and what it needs, which may take minutes")

@@ -149,9 +149,8 @@ def main(arguments: Sequence[str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in packages}
     versions["python of all"] = peers.python_version(options.python)
     loadgen = peers.build_loadgen(environments)
-    for name in peers.environments_of(options):
-        peers.environment(environments, name, options.python)
-    pythons = {OURS: environments / peers.MODELPORT / "bin" / "python"}
+    servers = {name: peers.environment(environments, name, options.python) for name in peers.environments_of(options)}
+    pythons = {OURS: servers[peers.MODELPORT]}
     if TRITONCLIENT in options.sdks:
         wanted = [_INSTALLED, *(f"{name}=={versions[name]}" for name in _SAME)]
         pythons[TRITONCLIENT] = peers.installed(clients, TRITONCLIENT, options.python, wanted)

@@ -105,6 +105,7 @@ def serve(
 
     from modelport_server import options
     from modelport_server.engines import ahead, kinds
+    from modelport_server.errors import StartError
 
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -132,8 +133,11 @@ def serve(
     def on_listening(port: int) -> None:
         if port_file is not None:
             scratch = port_file.with_name(port_file.name + ".tmp")
-            scratch.write_text(f"{port}\n")
-            scratch.replace(port_file)
+            try:
+                scratch.write_text(f"{port}\n")
+                scratch.replace(port_file)
+            except OSError as error:
+                raise StartError(f"can't write the --port-file {port_file}: {error.strerror}") from error
 
     with ahead.begun(zygote=chosen.forks, primed=chosen.uses(kinds.OPENVINO)) as processes:
         from modelport_server import app  # the longest import of all: those processes have theirs meanwhile

@@ -146,6 +146,16 @@ def test_a_server_that_cant_listen_leaves_nothing(registry: Registry, tmp_path: 
     assert "Traceback" not in done.stderr
 
 
+def test_a_server_that_cant_tell_its_port_says_so(registry: Registry, tmp_path: Path) -> None:
+    file = tmp_path / "nowhere" / "port"
+    command = [sys.executable, "-m", "modelport", "serve", "--registry", str(registry.root)]
+    command += ["--address", "127.0.0.1:0", "--port-file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: can't write the --port-file {file}: No such file or directory"
+    assert "Traceback" not in done.stderr
+
+
 def test_openvino_alone_never_imports_tensorflow(registry: Registry, tmp_path: Path, expected: Expected) -> None:
     arguments = ("--model", "two_inputs", "--precision", "bfloat16")
     with run_server(registry.root, tmp_path, *arguments, engine="openvino") as server:

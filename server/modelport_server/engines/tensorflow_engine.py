@@ -33,7 +33,8 @@ class TensorFlowEngine:
 
     Args:
         parallelism: how many batches run at once, and on how many threads.
-        precision: what matrix products and convolutions of float32 are computed in: ``float32`` or ``bfloat16``.
+        precision: what matrix products and convolutions of float32 may be computed in: ``float32`` or ``bfloat16``.
+            oneDNN decides whether they are: with AVX512-BF16 but without AMX they were not.
 
     Raises:
         EngineError: if TensorFlow has no such precision.
