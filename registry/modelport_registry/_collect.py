@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -48,14 +48,18 @@ def collect(folder: ModelFolder, *, keep: int, dry_run: bool, staging_age_s: flo
                 _sweep_leases(folder)
         if not dry_run:
             for path in doomed:
-                shutil.rmtree(path)
+                folder.remove_staging(path)
     return Collected(tuple(removed), tuple(leased), leftovers, freed)
 
 
 def _leftovers(folder: ModelFolder, locks: contextlib.ExitStack, age_s: float) -> list[Path]:
     found: list[Path] = []
     for path in _entries(folder.staging):
-        if not path.is_dir() or time.time() - path.stat().st_mtime < age_s:
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # its publisher has come to an end meanwhile
+            continue
+        if not stat.S_ISDIR(status.st_mode) or time.time() - status.st_mtime < age_s:
             continue
         descriptor = folder.take_leftover(path)
         if descriptor is not None:

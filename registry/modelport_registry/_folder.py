@@ -6,6 +6,7 @@ Everything that changes what others see happens under the lock; nothing slow doe
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -127,7 +128,8 @@ class ModelFolder:
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is collected later
+            with contextlib.suppress(OSError):  # what stays is collected later
+                self.remove_staging(folder)
             os.close(lock)
 
     def make_staging(self, folder: Path) -> int:
@@ -146,8 +148,30 @@ class ModelFolder:
         return lock
 
     def take_leftover(self, folder: Path) -> int | None:
-        """Returns the descriptor that locks a dead publisher's staging folder; None if it lives."""
-        return try_lock(folder / "lock")
+        """Returns the descriptor that locks a dead publisher's staging folder; None if it lives or is gone."""
+        try:
+            return try_lock(folder / "lock")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def remove_staging(self, folder: Path) -> None:
+        """Removes a staging folder, which the caller has locked.
+
+        Its lock goes last: who finds none may make one and take the folder over, and there is nothing in it then.
+        """
+        lock = folder / "lock"
+        with contextlib.suppress(FileNotFoundError):
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry != lock:
+                    entry.unlink()
+        lock.unlink(missing_ok=True)
+        try:
+            folder.rmdir()
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
     def state(self) -> State:
         """Returns the desired state.

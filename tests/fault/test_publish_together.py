@@ -78,6 +78,27 @@ while registry.versions(model)[-1] < version:
     removed += len(registry.collect_garbage(model, keep=2, staging_age_s=0).removed.get(model, ()))
 say(removed)
 """
+# What a publisher does with its staging folder, and nothing else, so that collectors meet it as often as can be.
+STAGE = """
+from pathlib import Path
+from modelport_registry._folder import ModelFolder
+folder = ModelFolder(Path(sys.argv[1]), model)
+for _ in range(version):
+    with folder.staged() as staging:
+        (staging / "version").mkdir()
+        (staging / "version" / "manifest.json").touch()
+say("done")
+"""
+COLLECT_LEFTOVERS = """
+import threading
+ended = threading.Thread(target=sys.stdin.readline, daemon=True)
+ended.start()
+rounds = 0
+while ended.is_alive():
+    registry.collect_garbage(model, staging_age_s=0)
+    rounds += 1
+say(rounds)
+"""
 # Has the state changed by whoever comes first, generation after generation.
 RACE = """
 from dataclasses import replace
@@ -315,4 +336,18 @@ def test_publishers_readers_and_collectors_at_once(root: Path, source: Path) -> 
         registry.verify(MODEL, version)
     published = [entry.version for entry in registry.journal(MODEL) if entry.action == "publish"]
     assert published == list(range(1, last + 1))
+    assert list((root / MODEL / ".staging").iterdir()) == []
+
+
+def test_collectors_look_while_staging_folders_come_and_go(root: Path, source: Path) -> None:
+    Registry(root).publish(MODEL, source)
+    publishers = [Worker(STAGE, root, source, 500) for _ in range(2)]
+    collectors = [Worker(COLLECT_LEFTOVERS, root, source) for _ in range(2)]
+    with working(*publishers, *collectors):
+        for worker in (*publishers, *collectors):
+            worker.go()
+        assert [publisher.hear() for publisher in publishers] == ["done", "done"]
+        for collector in collectors:
+            collector.go()
+        assert all(collector.hear() > 0 for collector in collectors)
     assert list((root / MODEL / ".staging").iterdir()) == []
