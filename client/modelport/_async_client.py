@@ -21,7 +21,16 @@ from modelport._channel import channel_target, checked_addresses, open_channel
 from modelport._conversation import Conversation
 from modelport._inputs import Inputs
 from modelport._models import ModelChange, ModelInfo, SignatureInfo, model_info
-from modelport._options import MIB, ClientOptions, Keepalive, RetryPolicy, StreamOptions, Target, Tls
+from modelport._options import (
+    MIB,
+    ClientOptions,
+    Keepalive,
+    RetryPolicy,
+    StreamOptions,
+    Target,
+    Tls,
+    check_duration,
+)
 from modelport._results import Prediction, StreamResult
 from modelport._retry import Retrier
 from modelport._rollouts import AsyncRollouts
@@ -307,6 +316,7 @@ class AsyncClient:
         Raises:
             UnavailableError: if that has not come within ``timeout_s`` seconds.
         """
+        check_duration("timeout_s", timeout_s)
         deadline = time.monotonic() + timeout_s
         reason = "the server says that it is not serving"
         while True:
@@ -511,7 +521,7 @@ class AsyncClient:
             try:
                 response = await method(request, timeout=max(0.0, deadline - time.monotonic()))
             except grpc.aio.AioRpcError as error:
-                failure = _status.from_aio(error, self._server)
+                failure = _status.from_aio(error, self._server, connected=self._is_connected)
                 failure.__cause__ = error
             except asyncio.CancelledError as error:
                 if self._is_closed and not _is_cancelling():
@@ -561,11 +571,21 @@ class AsyncClient:
         return self._connection
 
     def _deadline(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._options.timeout_s if timeout_s is None else timeout_s)
+        if timeout_s is None:
+            return time.monotonic() + self._options.timeout_s
+        check_duration("timeout_s", timeout_s)
+        return time.monotonic() + timeout_s
 
     @property
     def _server(self) -> str:
         return ", ".join(self._addresses)
+
+    @property
+    def _is_connected(self) -> bool:
+        """Whether a connection is there, or nobody has asked for one."""
+        states = grpc.ChannelConnectivity
+        tries = (states.CONNECTING, states.TRANSIENT_FAILURE)
+        return self._connection is None or self._connection.channel.get_state() not in tries
 
 
 class _RolloutCalls:

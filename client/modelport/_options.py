@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from modelport.exceptions import InputError
 
@@ -15,6 +18,21 @@ def require(condition: bool, message: str) -> None:
     """Raises InputError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise InputError(message)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, Integral)
+
+
+def check_duration(name: str, value: Any, *, or_zero: bool = False) -> None:
+    """Checks that ``value`` is a number of seconds above 0, or ``or_zero``.
+
+    Raises:
+        InputError: if it is not.
+    """
+    seconds = float(value) if type(value) is not bool and isinstance(value, Real) else math.nan
+    if not (seconds > 0 or (or_zero and seconds == 0)):
+        raise InputError(f"{name} must be a number of seconds, {'0 or more' if or_zero else 'above 0'}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +118,7 @@ class ClientOptions:
     """The largest message in either direction; the server has a limit too. Default 64 MiB."""
 
     def __post_init__(self) -> None:
-        require(self.timeout_s > 0, "timeout_s must be above 0")
+        check_duration("timeout_s", self.timeout_s)
         require(4096 <= self.max_message_bytes < 2**31, "max_message_bytes must be 4096 to 2147483647")
 
 
@@ -122,8 +140,15 @@ class Target:
     """Reserved: sent, and used once rollouts share out traffic; calls with equal keys will then be routed alike."""
 
     def __post_init__(self) -> None:
+        texts: dict[str, object] = {
+            "model": self.model, "alias": self.alias or "", "signature": self.signature, "routing_key": self.routing_key
+        }  # fmt: skip
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise InputError(f"{name} must be a text, not {text!r}")
         require(bool(self.model), "model must be a name, not empty")
-        require(self.version is None or self.version > 0, f"version must be a positive number, not {self.version}")
+        if self.version is not None and not (_is_whole(self.version) and self.version > 0):
+            raise InputError(f"version must be a positive number, not {self.version!r}")
         require(self.version is None or self.alias is None, "give a version or an alias, not both")
 
 
@@ -145,6 +170,7 @@ class StreamOptions:
     """No other version may go on where the first one ends. Default: a later one may, unless asked by number."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.window <= 1024, f"window must be 1 to 1024, not {self.window}")
-        require(self.resume_timeout_s >= 0, "resume_timeout_s must not be negative")
-        require(self.answer_timeout_s > 0, "timeout_s must be above 0")
+        if not (_is_whole(self.window) and 1 <= self.window <= 1024):
+            raise InputError(f"window must be 1 to 1024, not {self.window!r}")
+        check_duration("resume_timeout_s", self.resume_timeout_s, or_zero=True)
+        check_duration("timeout_s", self.answer_timeout_s)

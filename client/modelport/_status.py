@@ -36,6 +36,7 @@ ERROR_CLASSES = MappingProxyType(
 
 _CODES_BY_NUMBER = {code.value[0]: code for code in _Code}
 _MAX_TEXT = 1000
+_NO_CONNECTION = "there is no connection to it: is `modelport serve` running?"
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -106,11 +107,12 @@ def pushback_s(metadata: Metadata | None) -> float | None:
     return None
 
 
-def from_aio(error: grpc.aio.AioRpcError, server: str) -> errors.RpcError:
-    """Returns our exception for gRPC's."""
+def from_aio(error: grpc.aio.AioRpcError, server: str, *, connected: bool = True) -> errors.RpcError:
+    """Returns our exception for gRPC's; ``connected`` is whether there is a connection to the server."""
+    late = error.code() is _Code.DEADLINE_EXCEEDED
     return rpc_error(
         error.code(),
-        error.details(),
+        _NO_CONNECTION if late and not connected else error.details(),
         server=server,
         retry_after_s=pushback_s(error.trailing_metadata()),  # type: ignore[arg-type]
     )

@@ -175,7 +175,8 @@ def rollback(
     """Reject the candidate, or the version in charge if no rollout is under way.
 
     The version before it takes over; the rejected one is not tried again unless
-    it is approved.
+    it is approved. With no rollout under way, each rollback goes back one version
+    further.
 
     Examples:
 

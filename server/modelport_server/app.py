@@ -7,9 +7,11 @@ import gc
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
@@ -126,7 +128,7 @@ class Server:
             return int(self._grpc.add_insecure_port(self._options.address))
         except RuntimeError:
             raise StartError(
-                f"can't listen on {self._options.address}: the address is wrong or taken; "
+                f"can't listen on {self._options.address}: {_why_not(self._options.address)}; "
                 "choose another with --address HOST:PORT"
             ) from None
 
@@ -212,6 +214,24 @@ def _exit_after(limit_s: float) -> None:
     timer = threading.Timer(limit_s, leave)
     timer.daemon = True
     timer.start()
+
+
+def _why_not(address: str) -> str:
+    """Returns why nobody can listen on an address, which gRPC does not say."""
+    if address.startswith("unix:"):
+        folder = Path(address.removeprefix("unix:")).parent
+        return "it is taken, or nothing can be made in that folder" if folder.is_dir() else "there is no such folder"
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.removeprefix("[").removesuffix("]"), int(port), type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(place)
+                one.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "it is wrong or taken"
 
 
 def _shown_address(address: str, port: int) -> str:

@@ -58,14 +58,15 @@ def serve(
     instances: Annotated[
         list[str] | None,
         typer.Option(
-            help="How many batches of a version run at once. MODEL=COUNT for one model; repeat for more.",
+            help="How many batches of a version run at once; 0 for what suits. MODEL=COUNT for one model; repeat for "
+            "more.",
             show_default="what suits the machine and the model",
         ),
     ] = None,
     threads: Annotated[
         list[str] | None,
         typer.Option(
-            help="Threads that one batch may use. MODEL=COUNT for one model; repeat for more.",
+            help="Threads that one batch may use; 0 for what suits. MODEL=COUNT for one model; repeat for more.",
             show_default="what suits the machine and the model",
         ),
     ] = None,

@@ -30,6 +30,20 @@ def _require(condition: bool, message: str) -> None:
         raise OptionError(message)
 
 
+_OPTIONS = {
+    "max_batch_size": "--max-batch-size",
+    "max_enqueued_rows": "--max-enqueued-rows",
+    "load_timeout_s": "--load-timeout",
+    "run_timeout_s": "--run-timeout",
+}
+"""What the command line calls fields that are checked together with others that it does not have."""
+
+
+def _known_as(field: str) -> str:
+    """Returns the name that users know a field by."""
+    return _OPTIONS.get(field, field)
+
+
 def _is_address(text: str) -> bool:
     if text.startswith("unix:"):
         return len(text) > len("unix:")
@@ -62,7 +76,7 @@ class BatchLimits:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_batch_bytes", "max_enqueued_rows", "max_enqueued_bytes"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            _require(getattr(self, name) >= 1, f"{_known_as(name)} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +120,8 @@ class EngineLimits:
             "speed_timeout_s",
             "run_timeout_s",
         ):
-            _require(0 < getattr(self, name) <= _DAY_S, f"{name} must be above 0 and at most a day")
+            seconds = getattr(self, name)
+            _require(0 < seconds <= _DAY_S, f"{_known_as(name)} must be above 0 and at most a day, not {seconds:g} s")
         _require(self.max_threads >= 1, "max_threads must be at least 1")
         _require(self.max_memory_bytes >= 0, "max_memory_bytes must not be negative")
         _require(self.max_concurrent_loads >= 1, "max_concurrent_loads must be at least 1")
@@ -133,8 +148,8 @@ class EngineRules:
     """Threads that one batch may use; 0, the default, means what suits the machine and the model."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.instances <= MAX_INSTANCES, f"instances must be 0 to {MAX_INSTANCES}")
-        _require(self.threads >= 0, "threads must not be negative")
+        _require(0 <= self.instances <= MAX_INSTANCES, f"--instances must be 0 to {MAX_INSTANCES}")
+        _require(self.threads >= 0, "--threads must not be negative")
         known = (kinds.AUTO, *kinds.ENGINES)
         _require(self.engine in known, f"the engine must be one of {', '.join(known)}, not {shown(self.engine)}")
         precisions = ", ".join(kinds.PRECISIONS)
@@ -143,8 +158,8 @@ class EngineRules:
             f"the precision must be one of {precisions}, not {shown(self.precision)}",
         )
         _require(
-            (self.engine, self.precision) != (kinds.TENSORFLOW, kinds.INT8),
-            "TensorFlow does not compute in int8: use --engine openvino, or another --precision",
+            self.engine == kinds.AUTO or self.precision in kinds.PRECISIONS_OF[self.engine],
+            f"TensorFlow does not compute in {self.precision}: use --engine openvino, or another --precision",
         )
 
     @property
@@ -170,6 +185,10 @@ class EngineRules:
         if self.engine == kinds.AUTO:
             _require(
                 bool(installed), "no engine is installed: pip install 'modelport[server]' or 'modelport[openvino]'"
+            )
+            _require(
+                any(self.precision in kinds.PRECISIONS_OF[engine] for engine in installed),
+                f"{self.precision} takes OpenVINO, which is not installed: pip install 'modelport[openvino]'",
             )
             return installed
         extra = {kinds.TENSORFLOW: "server"}.get(self.engine, self.engine)
@@ -212,7 +231,7 @@ def _rules_of(model: str, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 def _counts(option: str, texts: Sequence[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for model, value in _by_model(option, texts).items():
-        _require(value.isascii() and value.isdigit(), f"{option} takes a whole number, not {shown(value)}")
+        _require(value.isascii() and value.isdigit(), f"{option} takes a number from 0 on, not {shown(value)}")
         counts[model] = int(value)
     return counts
 
@@ -242,8 +261,8 @@ class RolloutOptions:
     and draining ones counted. When more are wanted, the streams of the oldest are ended. Default 2."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.poll_interval_s <= 2, "poll_interval_s must be above 0 and at most 2")
-        _require(self.pinned_stream_limit_s >= 0, "pinned_stream_limit_s must not be negative")
+        _require(0 < self.poll_interval_s <= 2, "--poll-interval must be above 0 and at most 2 s")
+        _require(self.pinned_stream_limit_s >= 0, "--pinned-stream-limit must not be negative")
         _require(self.max_beside_stable >= 1, "max_beside_stable must be at least 1")
 
 
@@ -274,7 +293,7 @@ class RpcOptions:
 
     def __post_init__(self) -> None:
         _require(self.stream_stall_s > 0, "stream_stall_s must be above 0")
-        _require(1024 <= self.max_message_bytes < 2**31, "max_message_bytes must be in 1024 .. 2^31 - 1")
+        _require(1024 <= self.max_message_bytes < 2**31, "--max-message-mib must be 1 to 2047")
         for name in (
             "max_concurrent_calls",
             "max_streams_per_connection",
@@ -320,9 +339,11 @@ class ServerOptions:
             _is_address(self.address),
             f"--address must be HOST:PORT with a port up to 65535, or unix:PATH, not {shown(self.address)}",
         )
-        _require(0 <= self.grace_s <= _DAY_S, "grace_s must be in 0 .. a day")
+        _require(0 <= self.grace_s <= _DAY_S, "--grace must be 0 s to a day")
         _require("" in self.engines, "engines must have an entry for all other models, under the empty name")
-        _require(0 <= self.lame_duck_s <= 60, "lame_duck_s must be in 0 .. 60")
+        _require(0 <= self.lame_duck_s <= 60, "--lame-duck must be 0 to 60 s")
+        unserved = sorted(self.engines.keys() - {"", *self.models}) if self.models else []
+        _require(not unserved, f"{', '.join(unserved)}: there are options for it, but it is not served; add --model")
 
     def engine_rules(self, model: str) -> EngineRules:
         """Returns what a model's versions run on."""

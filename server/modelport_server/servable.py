@@ -18,7 +18,7 @@ from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
 from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.choice import Attempt, Candidate, EngineChoice
 from modelport_server.engines.cores import CoreSharing
-from modelport_server.engines.kinds import TENSORFLOW
+from modelport_server.engines.kinds import FLOAT32, TENSORFLOW
 from modelport_server.engines.parallel import Parallelism, wide
 from modelport_server.engines.probing import to_raw
 from modelport_server.engines.process import EngineProcess, Loaded, LoadOrder, RejectedError, UnreadableError
@@ -95,6 +95,7 @@ class Servable:
         self.signatures: dict[str, ServedSignature] = {}
         self.engine_name = ""
         self.attempts: tuple[Attempt, ...] = ()
+        self.precision = FLOAT32
         self.parallelism = Parallelism()
         self.batch_size = limits.max_batch_size
         """The most rows that run together."""
@@ -184,6 +185,7 @@ class Servable:
         chosen = await choice.run()
         self._engine = chosen.process
         self.attempts = self.attempts or chosen.attempts
+        self.precision = chosen.candidate.precision
         self.parallelism = chosen.loaded.parallelism
         is_first = not self.engine_name  # later the machine may be busy, and callers are used to the size that it has
         if is_first and self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from modelport import (
     NotFoundError,
     ResourceExhaustedError,
     RetryPolicy,
+    RpcError,
     UnavailableError,
     VersionState,
 )
@@ -179,6 +181,17 @@ async def test_a_deadline_passes() -> None:
     async with FakeServer(on_request=hang) as server, AsyncClient(server.address) as client:
         with pytest.raises(DeadlineExceededError, match=f"{server.address} did not answer in time"):
             await client.predict("m", {"x": X}, timeout_s=0.1)
+
+
+async def test_a_deadline_passes_where_no_server_is() -> None:
+    with socket.socket() as taken:  # nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with AsyncClient(address) as client:
+            with pytest.raises(RpcError) as caught:
+                await client.predict("m", {"x": X}, timeout_s=1.5)
+    assert address in str(caught.value)
+    assert "is `modelport serve` running?" in str(caught.value)
 
 
 async def test_cancelling_a_call_is_the_callers_own() -> None:

@@ -142,8 +142,32 @@ def test_a_server_that_cant_listen_leaves_nothing(registry: Registry, tmp_path: 
         command += ["--address", server.address, "--engine", "auto"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: can't listen on {server.address}")
+    said = f"error: can't listen on {server.address}: Address already in use; choose another with --address HOST:PORT"
+    assert done.stderr.splitlines()[-1] == said
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("nowhere.invalid:8500", "Name or service not known"),
+        ("192.0.2.1:8500", "Cannot assign requested address"),
+        ("unix:/nowhere/x.sock", "there is no such folder"),
+    ],
+)
+def test_why_it_cant_listen(tmp_path: Path, address: str, why: str) -> None:
+    command = [sys.executable, "-m", "modelport", "serve", "--registry", str(tmp_path), "--address", address]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = f"error: can't listen on {address}: {why}; choose another with --address HOST:PORT"
+    assert done.stderr.splitlines()[-1] == said
+    assert "Traceback" not in done.stderr
+
+
+def test_options_for_a_model_that_is_not_there_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "registry").mkdir()
+    with run_server(tmp_path / "registry", tmp_path, engine="absent=openvino") as server:
+        wait_for(lambda: "absent: the registry has no such model yet" in server.log.read_text(), "it", server.alive)
 
 
 def test_a_server_that_cant_tell_its_port_says_so(registry: Registry, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(registry: Registry) -> None:
     for arguments, text in (
         (["99"], "doubler has no version 99"),
         (["1", "--against", "blue"], "doubler has no alias 'blue'"),
-        (["1", "--max-batch-size", "0"], "max_batch_size must be at least 1"),
+        (["1", "--max-batch-size", "0"], "--max-batch-size must be at least 1"),
     ):
         code, stdout, stderr = _verify(registry.root, *arguments)
         assert (code, stdout, len(stderr.splitlines())) == (1, "", 1)

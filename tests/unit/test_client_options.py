@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,18 @@ from modelport._retry import Retrier, RetryBudget
         (lambda: Target(model=""), "model must be a name"),
         (lambda: Target(model="m", version=0), "positive"),
         (lambda: Target(model="m", version=1, alias="a"), "not both"),
+        (lambda: Target(model="m", version="1"), "version must be a positive number, not '1'"),  # type: ignore[arg-type]
+        (lambda: Target(model="m", version=True), "version must be a positive number, not True"),
+        (lambda: Target(model=5), "model must be a text, not 5"),  # type: ignore[arg-type]
+        (lambda: Target(model="m", alias=b"a"), "alias must be a text"),  # type: ignore[arg-type]
+        (lambda: Client("a:1").predict("m", [], timeout_s="5"), "timeout_s must be .+ not '5'"),  # type: ignore[arg-type]
+        (lambda: Client("a:1").predict("m", [], timeout_s=0), "timeout_s must be a number of seconds, above 0, not 0"),
+        (lambda: Client("a:1").models(timeout_s=-1), "timeout_s must be a number of seconds, above 0, not -1"),
+        (lambda: Client("a:1").wait_ready(timeout_s=math.nan), "timeout_s must be .+ not nan"),
+        (lambda: Client("a:1").predict_stream("m", [], timeout_s=math.nan), "timeout_s must be .+ not nan"),
+        (lambda: ClientOptions(timeout_s=math.nan), "timeout_s"),
         (lambda: StreamOptions(window=0), "window must be 1 to 1024"),
+        (lambda: StreamOptions(window=2.5), "window must be 1 to 1024, not 2.5"),  # type: ignore[arg-type]
         (lambda: StreamOptions(resume_timeout_s=-1), "resume_timeout_s"),
         (lambda: Client([]), "at least one address"),
         (lambda: Client("nowhere"), "is not an address"),

@@ -63,9 +63,17 @@ from modelport_server.options import (
 )
 def test_a_value_that_cant_be(kind: Callable[..., Any], name: str, value: object) -> None:
     more = {"registry": Path("registry")} if kind is ServerOptions else {}
-    with pytest.raises(OptionError, match=name) as caught:
+    option = name.removesuffix("_s").removesuffix("_bytes").replace("_", "[-_]")
+    with pytest.raises(OptionError, match=option) as caught:
         kind(**more, **{name: value})
     assert "\n" not in str(caught.value)
+
+
+def test_who_runs_on_something_is_served() -> None:
+    rules = engine_rules(["digits=openvino"], [])
+    ServerOptions(registry=Path("registry"), models=("digits", "words"), engines=rules)
+    with pytest.raises(OptionError, match="digits: there are options for it, but it is not served; add --model"):
+        ServerOptions(registry=Path("registry"), models=("words",), engines=rules)
 
 
 def test_models_are_names() -> None:
@@ -127,11 +135,11 @@ def test_what_models_cant_run_on(engines: list[str], precisions: list[str], text
 @pytest.mark.parametrize(
     ("instances", "threads", "text"),
     [
-        (["two"], [], "--instances takes a whole number, not 'two'"),
-        (["-1"], [], "--instances takes a whole number"),
+        (["two"], [], "--instances takes a number from 0 on, not 'two'"),
+        (["-1"], [], "--instances takes a number from 0 on, not '-1'"),
         (["65"], [], "instances must be 0 to 64"),
         (["digits="], [], "MODEL=VALUE"),
-        ([], ["digits=1.5"], "--threads takes a whole number, not '1.5'"),
+        ([], ["digits=1.5"], "--threads takes a number from 0 on, not '1.5'"),
         ([], ["1", "2"], "--threads is given twice for all models"),
     ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import JSON, Golden, SignatureSpec
 from modelport_server.batching.calls import BatchRunner
-from modelport_server.engines.kinds import FLOAT32, INT8, TENSORFLOW
+from modelport_server.engines.kinds import FLOAT32, PRECISIONS_OF, TENSORFLOW
 from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.probing import Inputs, probe
@@ -119,7 +119,7 @@ class Chosen(Generic[AnyLoader]):
 
 def candidates(engines: Sequence[str], precision: str) -> tuple[tuple[Candidate, ...], ...]:
     """Returns what is tried: each group only if nothing of the one before will do."""
-    wanted = tuple(Candidate(engine, precision) for engine in engines if (engine, precision) != (TENSORFLOW, INT8))
+    wanted = tuple(Candidate(engine, precision) for engine in engines if precision in PRECISIONS_OF[engine])
     exact = tuple(Candidate(engine) for engine in engines)
     return (wanted,) if wanted == exact else (wanted, exact)
 

@@ -11,9 +11,13 @@ ENGINES = (OPENVINO, TENSORFLOW)
 AUTO = "auto"
 """The fastest of those that are installed and reproduce the golden examples."""
 FLOAT32 = "float32"
+BFLOAT16 = "bfloat16"
+FLOAT16 = "float16"
 INT8 = "int8"
-"""On OpenVINO only, and with nncf."""
-PRECISIONS = (FLOAT32, "bfloat16", "float16", INT8)
+"""With nncf."""
+PRECISIONS = (FLOAT32, BFLOAT16, FLOAT16, INT8)
+PRECISIONS_OF = {OPENVINO: PRECISIONS, TENSORFLOW: (FLOAT32, BFLOAT16)}
+"""What each engine may compute in; the processor may be one on which it does not."""
 
 
 def installed() -> tuple[str, ...]:

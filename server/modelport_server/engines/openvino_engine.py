@@ -55,6 +55,9 @@ class OpenVINOEngine:
         parallelism: how many batches run at once, and on how many threads.
         precision: what it computes in, one of ``PRECISIONS``; inputs and outputs keep their types.
         samples: by signature, golden inputs that ``int8`` is calibrated with.
+
+    Raises:
+        EngineError: if the processor does not compute in the precision.
     """
 
     def __init__(
@@ -95,6 +98,11 @@ class OpenVINOEngine:
         rows = ops.parameter([-1, _SIDE], np.float32)
         model = self._openvino.Model([ops.matmul(rows, rows, transpose_a=False, transpose_b=True)], [rows], "threads")
         compiled = self._core.compile_model(model, "CPU", self._options)
+        taken = compiled.get_property("INFERENCE_PRECISION_HINT")
+        if taken.to_string() != PRECISIONS[self._precision]:  # it takes another one without a word
+            raise EngineError(
+                f"this processor does not compute in {self._precision}: OpenVINO would take {taken.get_type_name()}"
+            )
         compiled.create_infer_request().infer({0: np.zeros((_SIDE, _SIDE), np.float32)})
 
     def load(self, path: Path, signatures: Sequence[str]) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from modelport_server.engines._imports import without
-from modelport_server.engines.kinds import FLOAT32
+from modelport_server.engines.kinds import BFLOAT16, FLOAT32, PRECISIONS_OF, TENSORFLOW
 from modelport_server.engines.parallel import ALONE, Parallelism
 from modelport_server.engines.protocol import Array, EngineError
 from modelport_server.engines.tensorflow_session import new_session, session_calls
 
-_FPMATH_MODES = {FLOAT32: "", "bfloat16": "BF16"}
-"""oneDNN's names for what it may compute float32 in: https://oneapi-src.github.io/oneDNN/group_dnnl_api_fpmath_mode.html"""
+_BFLOAT16_FLAGS = frozenset({"amx_bf16", "bf16"})
+"""What /proc/cpuinfo has of processors, of Intel's and of ARM's kind, on which oneDNN computes float32 in bfloat16.
+With AVX512-BF16 alone it does not: its kernels were those of float32 (``ONEDNN_VERBOSE=1``), and so were the answers.
+"""
 _MESSAGE_CHARACTERS = 400
 _PREAMBLE = re.compile(r"Graph execution error:|Detected at node |<stack traces|Stack trace|\s")
 """What TensorFlow puts before the error itself: where it happened, with indented stack frames."""
@@ -33,19 +35,21 @@ class TensorFlowEngine:
 
     Args:
         parallelism: how many batches run at once, and on how many threads.
-        precision: what matrix products and convolutions of float32 may be computed in: ``float32`` or ``bfloat16``.
-            oneDNN decides whether they are: with AVX512-BF16 but without AMX they were not.
+        precision: what matrix products and convolutions of float32 are computed in: ``float32`` or ``bfloat16``.
 
     Raises:
-        EngineError: if TensorFlow has no such precision.
+        EngineError: if TensorFlow has no such precision, or none on this processor.
     """
 
     def __init__(self, *, parallelism: Parallelism = ALONE, precision: str = FLOAT32) -> None:
-        if precision not in _FPMATH_MODES:
-            raise EngineError(f"TensorFlow computes in {' or '.join(_FPMATH_MODES)}, not in {precision}")
+        if precision not in PRECISIONS_OF[TENSORFLOW]:
+            raise EngineError(f"TensorFlow computes in {' or '.join(PRECISIONS_OF[TENSORFLOW])}, not in {precision}")
         self._precision = precision
-        if mode := _FPMATH_MODES[precision]:
-            os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = mode  # read when the first operation runs
+        if precision == BFLOAT16:
+            if not _BFLOAT16_FLAGS & _processor_flags():
+                raise EngineError("TensorFlow does not compute in bfloat16 on this processor, which has no AMX")
+            # Read with the first operation: https://oneapi-src.github.io/oneDNN/group_dnnl_api_fpmath_mode.html
+            os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = "BF16"
         self._tf = import_tensorflow()
         if parallelism.threads:
             # All sessions share one pool; with a single thread an operation runs on the thread that it is called on.
@@ -100,6 +104,16 @@ class TensorFlowEngine:
             raise EngineError(public_text(error), caller_fault=True) from error
         except Exception as error:
             raise EngineError(public_text(error)) from error
+
+
+def _processor_flags() -> frozenset[str]:
+    """Returns what Linux calls the instructions that this processor has; nothing where that can't be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = (line.partition(":") for line in lines)
+    return frozenset(next((flags.split() for name, _, flags in named if name.strip() in ("flags", "Features")), ()))
 
 
 def import_tensorflow() -> Any:

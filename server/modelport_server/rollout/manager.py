@@ -168,12 +168,12 @@ class RolloutManager:
     def _tell_of_nothing(self, view: Mapping[str, ModelView | None]) -> None:
         """Says once which models have no version yet, so that a mistyped name or folder shows."""
         if not view and not self._waiting_for:
-            _log.warning("the registry has no model yet; waiting for one")
+            _log.warning("%s has no model yet; waiting for one. Is it the right --registry?", self._options.registry)
             self._waiting_for.add("")
-        for name, model in view.items():
-            if model is not None and not model.versions and name not in self._waiting_for:
-                _log.warning("%s: the registry has no such model yet; waiting for it", name)
-                self._waiting_for.add(name)
+        missing = {name for name, model in view.items() if model is not None and not model.versions}
+        for name in sorted((missing | (self._options.engines.keys() - view.keys() - {""})) - self._waiting_for):
+            _log.warning("%s: the registry has no such model yet; waiting for it", name)
+            self._waiting_for.add(name)
 
     async def stop(self) -> None:
         """Ends every engine, and what engines are forked from; a model that fails to end keeps no other from it."""

@@ -427,9 +427,16 @@ class ModelRollout:
             raise RejectedError(SPEED, result.reason, tracked.gates)
 
     def _note_loaded(self, tracked: Tracked, servable: Servable, took_s: float) -> None:
+        notes: list[str] = []
         if not servable.golden_examples:
-            tracked.reason = "published without golden examples: its answers were not checked"
-            _log.warning("%s@%d: %s", self._name, tracked.version, tracked.reason)
+            notes.append("published without golden examples: its answers were not checked")
+        wanted = self._options.engine_rules(self._name).precision
+        if servable.precision != wanted:
+            refused = "; ".join(one.text for one in servable.attempts if one.reason and wanted in one.engine)
+            notes.append(f"runs in {servable.precision}, not in {wanted}: {refused}")
+        for note in notes:
+            _log.warning("%s@%d: %s", self._name, tracked.version, note)
+        tracked.reason = "; ".join(notes) or tracked.reason
         _log.info(
             "%s@%d: available after %.1f s, %d golden examples reproduced on %s",
             self._name, tracked.version, took_s, servable.golden_examples, servable.engine_name,
