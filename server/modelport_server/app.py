@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
 from modelport_registry import Registry
 from modelport_server.engines.ahead import Ahead
 from modelport_server.errors import StartError
+from modelport_server.http2.server import GrpcServer, Limits
 from modelport_server.options import RpcOptions, ServerOptions
 from modelport_server.rollout.manager import RolloutManager
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
 from modelport_server.rpc import models, prediction, rollouts
-from modelport_server.rpc._grpc import new_server
 from modelport_server.rpc.health import Health
 
 _log = logging.getLogger(__name__)
@@ -33,9 +32,6 @@ _THREADS = min(32, (os.cpu_count() or 1) + 4)
 _HARD_EXIT_S = 2.0
 _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1
-_HANDLER_START_S = 0.05
-_NEVER_S = 1e6
-"""What ``grpc.aio.Server.stop`` is to wait for calls: ``Server.shut_down`` decides when it has been long enough."""
 
 
 class Server:
@@ -65,7 +61,7 @@ class Server:
             self._board, Registry(options.registry), allow_changes=options.changes_allowed
         )
         self._prediction = prediction.PredictionService(self._router, options.rpc)
-        self._grpc = new_server(channel_options(options.rpc), options.rpc.max_concurrent_calls)
+        self._grpc = GrpcServer(limits_of(options.rpc))
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
@@ -94,8 +90,7 @@ class Server:
         """Listens and begins to load what the registry asks for."""
         self._add_services()
         await self._health.start()
-        port = self._bind()
-        await self._grpc.start()
+        port = await self._listen()
         self._spawn(self._manager.run())
         self._spawn(self._health.follow())
         _log.info(
@@ -108,7 +103,7 @@ class Server:
 
     def _add_services(self) -> None:
         from grpc_health.v1 import health, health_pb2_grpc
-        from grpc_reflection.v1alpha import reflection
+        from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
         add_health: Any = health_pb2_grpc.add_HealthServicer_to_server
         add_health(self._health.servicer, self._grpc)
@@ -121,16 +116,17 @@ class Server:
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         ]
-        reflection.enable_server_reflection(names, self._grpc)
+        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        add_reflection(reflection.aio.ReflectionServicer(names), self._grpc)
 
-    def _bind(self) -> int:
+    async def _listen(self) -> int:
         try:
-            return int(self._grpc.add_insecure_port(self._options.address))
-        except RuntimeError:
+            return await self._grpc.start(self._options.address)
+        except OSError as error:
             raise StartError(
-                f"can't listen on {self._options.address}: {_why_not(self._options.address)}; "
+                f"can't listen on {self._options.address}: {error.strerror or error}; "
                 "choose another with --address HOST:PORT"
-            ) from None
+            ) from error
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -164,18 +160,12 @@ class Server:
         self._models.drain()
         self._rollouts.drain()
         self._prediction.drain()
-        # One stop at a time: a second one may use what the first has just freed, and the process ends by SIGSEGV.
-        stopping = asyncio.get_running_loop().create_task(self._grpc.stop(_NEVER_S))
-        await asyncio.sleep(_HANDLER_START_S)  # what core has accepted by now gets its handler
-        idle = asyncio.get_running_loop().create_task(self._prediction.wait_idle())
-        await asyncio.wait({stopping, idle}, timeout=options.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        self._grpc.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(options.grace_s):
+                await self._prediction.wait_idle()
         self._prediction.refuse()
-        idle.cancel()
-        stopping.cancel()
-        await asyncio.wait({stopping})
-        if not stopping.cancelled() and (error := stopping.exception()) is not None:
-            _log.error("the gRPC server could not be stopped in order", exc_info=error)
-        await self._grpc.stop(None)
+        await self._grpc.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,25 +173,14 @@ class Server:
         _log.info("stopped")
 
 
-def channel_options(options: RpcOptions) -> list[tuple[str, int]]:
-    """Returns gRPC's own settings: finite messages and streams, keepalive, no compression, an own port."""
-    return [
-        ("grpc.max_receive_message_length", options.max_message_bytes),
-        ("grpc.max_send_message_length", options.max_message_bytes),
-        ("grpc.max_concurrent_streams", options.max_streams_per_connection),
-        # Else it refuses calls while others that have been answered are being taken down (docs/adr/0057).
-        ("grpc.http.overload_protection", 0),
-        ("grpc.so_reuseport", int(options.reuse_port)),
-        # Else of 1000 calls that have come faster than they are taken core ends some at random, as CANCELLED.
-        ("grpc.server.max_pending_requests", options.max_concurrent_calls),
-        ("grpc.server.max_pending_requests_hard_limit", options.max_concurrent_calls),
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),  # else a minute, whatever the line above says
-        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-    ]
+def limits_of(options: RpcOptions) -> Limits:
+    """Returns the gRPC server's bounds."""
+    return Limits(
+        max_message_bytes=options.max_message_bytes,
+        max_concurrent_calls=options.max_concurrent_calls,
+        max_streams_per_connection=options.max_streams_per_connection,
+        reuse_port=options.reuse_port,
+    )
 
 
 def _exit_after(limit_s: float) -> None:
@@ -214,24 +193,6 @@ def _exit_after(limit_s: float) -> None:
     timer = threading.Timer(limit_s, leave)
     timer.daemon = True
     timer.start()
-
-
-def _why_not(address: str) -> str:
-    """Returns why nobody can listen on an address, which gRPC does not say."""
-    if address.startswith("unix:"):
-        folder = Path(address.removeprefix("unix:")).parent
-        return "it is taken, or nothing can be made in that folder" if folder.is_dir() else "there is no such folder"
-    host, _, port = address.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.removeprefix("[").removesuffix("]"), int(port), type=socket.SOCK_STREAM)
-        for family, kind, protocol, _, place in found:
-            with socket.socket(family, kind, protocol) as one:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                one.bind(place)
-                one.listen()
-    except OSError as error:
-        return error.strerror or str(error)
-    return "it is wrong or taken"
 
 
 def _shown_address(address: str, port: int) -> str:

@@ -1,4 +1,4 @@
-"""What the handlers need of ``grpc.aio``, typed: the published type stubs lack part of it."""
+"""What the handlers need of gRPC, typed: the published type stubs lack part of it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import grpc
-import grpc.aio
 
-_aio: Any = grpc.aio
-END_OF_STREAM: object = _aio.EOF
-"""What ``Context.read`` returns when the caller has closed its side."""
+from modelport_server.http2.call import END_OF_STREAM as END_OF_STREAM
 
 
 class Context(Protocol):
-    """A call, as ``grpc.aio`` hands it to a handler."""
+    """A call, as the server hands it to a handler, and ``grpc.aio`` would."""
 
     async def read(self) -> Any:
         """Returns the next message, or ``END_OF_STREAM``."""
@@ -63,8 +60,3 @@ def generic_handler(
     methods |= {name: api.stream_stream_rpc_method_handler(method) for name, method in streams.items()}
     methods |= {name: api.unary_stream_rpc_method_handler(method) for name, method in answer_streams.items()}
     return api.method_handlers_generic_handler(service, methods)
-
-
-def new_server(options: list[tuple[str, int]], max_concurrent_calls: int) -> Any:
-    """Returns a ``grpc.aio.Server``."""
-    return _aio.server(options=options, maximum_concurrent_rpcs=max_concurrent_calls)

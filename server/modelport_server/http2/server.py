@@ -1,0 +1,282 @@
+"""A gRPC server: listens, finds the method of a call, and runs its handler. Takes what ``grpc.aio.Server`` takes."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+
+from modelport_server.http2.call import END_OF_STREAM, ServerCall
+from modelport_server.http2.connection import Connection
+from modelport_server.http2.headers import RequestHead
+
+_log = logging.getLogger(__name__)
+_aio: Any = grpc.aio
+
+_BACKLOG = 1024
+_CLOSING_S = 1.0
+"""How long peers may take to read what is left for them when the server ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of a server."""
+
+    max_message_bytes: int = 4 * 1024 * 1024
+    """The largest message, either way."""
+    max_concurrent_calls: int = 4096
+    """The most calls at once; more get RESOURCE_EXHAUSTED."""
+    max_streams_per_connection: int = 1024
+    """The most calls at once on one connection; its peer makes others wait."""
+    keepalive_s: float = 10.0
+    """After how long a silent peer is asked whether it is there, in seconds."""
+    keepalive_timeout_s: float = 5.0
+    """How long it may take to say so, in seconds."""
+    reuse_port: bool = False
+    """Whether several servers may share a port."""
+
+
+class _Details(NamedTuple):
+    """What a generic handler of ``grpc`` is asked with."""
+
+    method: str
+    invocation_metadata: tuple[()] = ()
+
+
+class GrpcServer:
+    """Answers gRPC calls on asyncio's event loop.
+
+    Args:
+        limits: its bounds.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.keepalive_s = limits.keepalive_s
+        self.keepalive_timeout_s = limits.keepalive_timeout_s
+        self.max_streams = limits.max_streams_per_connection
+        self.max_message_bytes = limits.max_message_bytes
+        self._limits = limits
+        self._handlers: list[Any] = []
+        self._methods: dict[str, Any] = {}
+        self._servers: list[asyncio.AbstractServer] = []
+        self._connections: dict[Connection, None] = {}
+        self._calls: dict[ServerCall, None] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        """Adds services, as ``grpc.method_handlers_generic_handler`` makes them."""
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Does nothing: generated code says so what it says by ``add_generic_rpc_handlers``, too."""
+
+    async def start(self, address: str) -> int:
+        """Listens at ``HOST:PORT`` or ``unix:PATH`` and returns the port; 0 for a path.
+
+        Raises:
+            OSError: if it can't listen there.
+        """
+        loop = asyncio.get_running_loop()
+        if address.startswith("unix:"):
+            path = address.removeprefix("unix:")
+            self._servers.append(await loop.create_unix_server(self._connection, path, backlog=_BACKLOG))
+            return 0
+        host, _, text = address.rpartition(":")
+        host, port = host.removeprefix("[").removesuffix("]"), int(text)
+        places = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, place in dict.fromkeys((family, place) for family, _, _, _, place in places):
+            listener = self._listener(family, (place[0], port, *place[2:]))
+            port = listener.getsockname()[1]  # the same for all
+            self._servers.append(await loop.create_server(self._connection, sock=listener, backlog=_BACKLOG))
+        return port
+
+    def _listener(self, family: int, place: Any) -> socket.socket:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._limits.reuse_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                any_address = place[0] == "::"  # takes IPv4, too, as gRPC has it
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not any_address))
+            listener.bind(place)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def _connection(self) -> Connection:
+        return Connection(self)
+
+    def add(self, connection: Connection) -> None:
+        """Takes note of a connection."""
+        self._connections[connection] = None
+
+    def discard(self, connection: Connection) -> None:
+        """Takes note that it is gone."""
+        self._connections.pop(connection, None)
+
+    def drain(self) -> None:
+        """Takes no more connections, and has peers open no more calls; those that are on their way are answered."""
+        for server in self._servers:
+            server.close()
+        for connection in list(self._connections):
+            connection.drain()
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Drains, waits for calls, and closes all connections.
+
+        Args:
+            grace_s: how long calls may take to end, in seconds; those that take longer get UNAVAILABLE.
+        """
+        self.drain()
+        if self._calls and grace_s > 0:
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                pass
+        for call in list(self._calls):
+            call.fail(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+        closed = [connection.closed for connection in self._connections]
+        for connection in list(self._connections):
+            connection.end(0, "")
+        if closed:
+            await asyncio.wait(closed, timeout=_CLOSING_S)
+        for connection in list(self._connections):
+            connection.abort()
+
+    # What calls come to.
+
+    def begin(self, call: ServerCall, head: RequestHead) -> None:
+        """Begins a call."""
+        code = grpc.StatusCode
+        if head.http_status != 200:
+            call.refuse(head.http_status)
+            return
+        method = self._methods.get(head.path) or self._find(head.path)
+        if method is None:
+            call.fail(code.UNIMPLEMENTED, "Method not found!")
+        elif head.malformed:
+            call.fail(code.INVALID_ARGUMENT, head.malformed)
+        elif head.encoding != "identity":
+            accepted = (("grpc-accept-encoding", "identity"),)
+            call.fail(code.UNIMPLEMENTED, "messages must not be compressed", accepted)
+        elif len(self._calls) >= self._limits.max_concurrent_calls:
+            call.fail(code.RESOURCE_EXHAUSTED, f"{len(self._calls)} calls are under way, which is the most")
+        else:
+            self._calls[call] = None
+            self._idle.clear()
+            call.add_done_callback(self._on_end)
+            if head.timeout_s is not None:
+                call.expire_in(head.timeout_s)
+            if method.request_streaming:
+                self._run(call, method, _requests(call, method.request_deserializer))
+            else:
+                call.when_complete(lambda call: self._begin_unary(call, method))
+
+    def _find(self, path: str) -> Any:
+        details = _Details(path)
+        for handler in self._handlers:
+            if (method := handler.service(details)) is not None:
+                self._methods[path] = method
+                return method
+        return None
+
+    def _on_end(self, call: ServerCall) -> None:
+        if call.task is None or call.task.done():
+            self._let_go(call)
+        else:
+            call.task.add_done_callback(lambda _: self._let_go(call))
+
+    def _let_go(self, call: ServerCall) -> None:
+        self._calls.pop(call, None)
+        if not self._calls:
+            self._idle.set()
+
+    def _begin_unary(self, call: ServerCall, method: Any) -> None:
+        messages = call.take_all()
+        if len(messages) != 1:
+            call.fail(grpc.StatusCode.INTERNAL, f"the call has {len(messages)} messages; one is wanted")
+            return
+        request: Any = messages[0]
+        if method.request_deserializer is not None:
+            try:
+                request = method.request_deserializer(request)
+            except Exception:
+                call.fail(grpc.StatusCode.INVALID_ARGUMENT, "the message can't be read")
+                return
+        self._run(call, method, request)
+
+    def _run(self, call: ServerCall, method: Any, request: Any) -> None:
+        if method.response_streaming:
+            work = self._stream(call, method, request)
+        else:
+            work = self._answer(call, method, request)
+        call.task = asyncio.get_running_loop().create_task(self._ended_by(call, work))
+
+    async def _ended_by(self, call: ServerCall, work: Any) -> None:
+        """Ends a call as its handler does."""
+        try:
+            await work
+        except _aio.AbortError:
+            pass  # it has its status
+        except asyncio.CancelledError:
+            call.fail(grpc.StatusCode.CANCELLED, "the call was cancelled")
+        except Exception:
+            if not call.ended:
+                _log.exception("a handler failed")
+                call.fail(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+
+    async def _answer(self, call: ServerCall, method: Any, request: Any) -> None:
+        handler = method.stream_unary if method.request_streaming else method.unary_unary
+        response = await handler(request, call)
+        if response is None:
+            call.fail(grpc.StatusCode.CANCELLED, "the call was given up")
+        else:
+            call.answer(_serialized(method, response))
+
+    async def _stream(self, call: ServerCall, method: Any, request: Any) -> None:
+        handler = method.stream_stream if method.request_streaming else method.unary_stream
+        context = call if method.response_serializer is None else _Serializing(call, method)
+        answers = handler(request, context)
+        if inspect.isasyncgen(answers):
+            async for answer in answers:
+                await context.write(answer)
+        else:
+            await answers
+        call.end()
+
+
+class _Serializing:
+    """A call whose handler writes messages and not bytes."""
+
+    def __init__(self, call: ServerCall, method: Any) -> None:
+        self._call = call
+        self._method = method
+
+    async def write(self, message: Any) -> None:
+        """Sends a message."""
+        await self._call.write(_serialized(self._method, message))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+def _serialized(method: Any, message: Any) -> bytes:
+    data: bytes = message if method.response_serializer is None else method.response_serializer(message)
+    return data
+
+
+async def _requests(call: ServerCall, deserialize: Any) -> AsyncIterator[Any]:
+    """Yields what a call's caller sends."""
+    while (message := await call.read()) is not END_OF_STREAM:
+        yield message if deserialize is None else deserialize(message)
