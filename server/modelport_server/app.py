@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 _THREADS = min(32, (os.cpu_count() or 1) + 4)
 """As many as asyncio's own pool, for what may block: reading the registry, and waiting for processes that end."""
 _HARD_EXIT_S = 2.0
+_LAST_WORDS_S = 0.25
+"""How long streams may take to end that have been told to, and others that nobody tells, such as those of health."""
 _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1
 
@@ -165,7 +167,7 @@ class Server:
             async with asyncio.timeout(options.grace_s):
                 await self._prediction.wait_idle()
         self._prediction.refuse()
-        await self._grpc.stop()
+        await self._grpc.stop(_LAST_WORDS_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

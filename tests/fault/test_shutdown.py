@@ -323,11 +323,11 @@ def test_an_address_that_is_none(tmp_path: Path, address: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max-batch-size", "0"], ["max_batch_size"]),
-        (["--grace", "-1"], ["grace"]),
-        (["--grace", "nan"], ["grace"]),
-        (["--run-timeout", "inf"], ["run_timeout"]),
-        (["--max-message-mib", "9999"], ["max_message_bytes"]),
+        (["--max-batch-size", "0"], ["--max-batch-size"]),
+        (["--grace", "-1"], ["--grace"]),
+        (["--grace", "nan"], ["--grace"]),
+        (["--run-timeout", "inf"], ["--run-timeout"]),
+        (["--max-message-mib", "9999"], ["--max-message-mib"]),
         (["--model", "../x"], ["../x"]),
     ],
 )

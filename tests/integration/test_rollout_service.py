@@ -33,7 +33,7 @@ from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.options import ServerOptions
 from modelport_server.rollout.lifecycle import State
 from modelport_server.rollout.status import RolloutStatus, RolloutVersion, StatusBoard, StepStatus, Traffic
-from modelport_server.rpc._grpc import new_server
+from modelport_server.http2.server import GrpcServer, Limits
 from modelport_server.rpc.rollouts import RolloutService
 from tests.support.saved_models import write_fake_saved_model
 from tests.support.server import wait_for
@@ -101,15 +101,14 @@ class Service:
 async def serving(folder: Path, **options: Any) -> AsyncGenerator[tuple[Service, AsyncClient]]:
     service = Service(folder, **options)
     await asyncio.to_thread(service.publish)
-    server = new_server([], 100)
+    server = GrpcServer(Limits(max_concurrent_calls=100))
     server.add_generic_rpc_handlers((service.service.handlers(),))
-    server.add_insecure_port(service.address)
-    await server.start()
+    await server.start(service.address)
     try:
         async with AsyncClient(service.address) as client:
             yield service, client
     finally:
-        await server.stop(0)
+        await server.stop()
 
 
 async def test_a_status_arrives_whole(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ CONNECTION_WINDOW = 16 * 1024 * 1024
 FRAME_BYTES = 128 * 1024
 """The largest frame that is taken."""
 _WRITE_BUFFER_BYTES = 256 * 1024
+_FLUSHED_BYTES = 64 * 1024
+"""What is not kept until the end of the event loop's turn."""
 _REPLIES_BYTES = 1024 * 1024
 """The most bytes that wait for a peer which goes on asking but does not read."""
 _HANDSHAKE_S = 20.0
@@ -80,7 +82,8 @@ class Connection(asyncio.Protocol):
         self._uncredited = 0
         self._received = frames.DEFAULT_WINDOW
         """How many more bytes the peer may send."""
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
+        self._out_bytes = 0
         self._flushing = False
         self._paused = False
         self._waiting: dict[ServerCall, None] = {}
@@ -318,18 +321,25 @@ class Connection(asyncio.Protocol):
 
     # What goes out.
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         """Sends frames, together with others of this turn of the event loop."""
         self._out.append(data)
-        if not self._flushing:
+        self._out_bytes += len(data)
+        if self._out_bytes >= _FLUSHED_BYTES:
+            self._flush()  # which says when there are too many
+        elif not self._flushing:
             self._flushing = True
-            self.loop.call_soon(self._flush)
+            self.loop.call_soon(self._flush_turn)
+
+    def _flush_turn(self) -> None:
+        self._flushing = False
+        self._flush()
 
     def _flush(self) -> None:
-        self._flushing = False
         if self._out and self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(self._out)
         self._out = []
+        self._out_bytes = 0
 
     def _reply(self, data: bytes) -> None:
         assert self._transport is not None

@@ -217,16 +217,15 @@ class GrpcServer:
         self._run(call, method, request)
 
     def _run(self, call: ServerCall, method: Any, request: Any) -> None:
-        if method.response_streaming:
-            work = self._stream(call, method, request)
-        else:
-            work = self._answer(call, method, request)
-        call.task = asyncio.get_running_loop().create_task(self._ended_by(call, work))
+        call.task = asyncio.get_running_loop().create_task(self._handle(call, method, request))
 
-    async def _ended_by(self, call: ServerCall, work: Any) -> None:
-        """Ends a call as its handler does."""
+    async def _handle(self, call: ServerCall, method: Any, request: Any) -> None:
+        """Has a call handled, and ends it as that does."""
         try:
-            await work
+            if method.response_streaming:
+                await self._stream(call, method, request)
+            else:
+                await self._answer(call, method, request)
         except _aio.AbortError:
             pass  # it has its status
         except asyncio.CancelledError:

@@ -1,0 +1,690 @@
+"""The gRPC server on HTTP/2, by a client that sends frames by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelport_server.http2 import connection, frames
+from modelport_server.http2.call import END_OF_STREAM, STREAM_WINDOW, CallEndedError, ServerCall
+from modelport_server.http2.server import GrpcServer, Limits
+from tests.support.http2 import ECHO, RawClient, prefixed, raw_client
+
+STREAM = "/test.Echo/Stream"
+HANG = "/test.Echo/Hang"
+KIB = 1024
+
+
+class Echo:
+    """A service; what it saw."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.cancelled = 0
+        self.contexts: list[ServerCall] = []
+        self.release = asyncio.Event()
+        self.read = asyncio.Event()
+
+    async def unary(self, message: bytes, context: ServerCall) -> bytes:
+        self.contexts.append(context)
+        return message
+
+    async def stream(self, _: object, context: ServerCall) -> None:
+        while (message := await context.read()) is not END_OF_STREAM:
+            await context.write(message)
+
+    async def counted(self, message: bytes, context: ServerCall) -> AsyncIterator[bytes]:
+        for number in range(int(message)):
+            yield b"%d" % number
+
+    async def hang(self, message: bytes, context: ServerCall) -> bytes:
+        self.begun += 1
+        self.contexts.append(context)
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return message
+
+    async def unread(self, _: object, context: ServerCall) -> None:
+        await self.read.wait()
+        while (message := await context.read()) is not END_OF_STREAM:
+            await context.write(b"%d" % len(message))
+
+    async def late(self, message: bytes, context: ServerCall) -> None:
+        try:
+            for _ in range(1000):
+                await context.write(message)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def refuse(self, message: bytes, context: ServerCall) -> None:
+        metadata = (("grpc-retry-pushback-ms", "250"),)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "voll: 100% – ü\n", trailing_metadata=metadata)
+
+    async def fail(self, message: bytes, context: ServerCall) -> bytes:
+        raise ValueError("secret")
+
+    def handler(self) -> Any:
+        api: Any = grpc
+        methods = {
+            "Unary": api.unary_unary_rpc_method_handler(self.unary),
+            "Stream": api.stream_stream_rpc_method_handler(self.stream),
+            "Count": api.unary_stream_rpc_method_handler(self.counted),
+            "Hang": api.unary_unary_rpc_method_handler(self.hang),
+            "Unread": api.stream_stream_rpc_method_handler(self.unread),
+            "Late": api.unary_stream_rpc_method_handler(self.late),
+            "Refuse": api.unary_unary_rpc_method_handler(self.refuse),
+            "Fail": api.unary_unary_rpc_method_handler(self.fail),
+        }
+        return api.method_handlers_generic_handler("test.Echo", methods)
+
+
+@asynccontextmanager
+async def serving(**limits: Any) -> AsyncGenerator[tuple[int, Echo, GrpcServer]]:
+    echo, server = Echo(), GrpcServer(Limits(**limits))
+    server.add_generic_rpc_handlers([echo.handler()])
+    port = await server.start("127.0.0.1:0")
+    try:
+        yield port, echo, server
+    finally:
+        await server.stop()
+
+
+# Calls.
+
+
+async def test_a_call() -> None:
+    async with serving() as (port, echo, _), raw_client(port) as client:
+        assert await client.echo(1, b"hello") == b"hello"
+        assert client.streams[1].headers == {
+            ":status": "200",
+            "content-type": "application/grpc",
+            "grpc-status": "0",
+        }
+        assert client.streams[1].reset is None
+        assert echo.contexts[0].peer().startswith("ipv4:127.0.0.1:")
+        assert echo.contexts[0].time_remaining() is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(1, 700), max_size=12), sizes=st.lists(st.integers(0, 200), min_size=1, max_size=4))
+def test_frames_may_come_in_any_pieces(cuts: list[int], sizes: list[int]) -> None:
+    async def main() -> None:
+        async with serving() as (port, _, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            sent: list[bytes] = []
+            client = RawClient(reader, writer)
+            client.send = sent.append  # type: ignore[method-assign]
+            client.greet()
+            for number, size in enumerate(sizes):
+                client.call(2 * number + 1)
+                client.message(2 * number + 1, bytes([number]) * size)
+            everything, start = b"".join(sent), 0
+            for end in sorted({*cuts, len(everything)}):
+                writer.write(everything[start:end])
+                await writer.drain()
+                await asyncio.sleep(0)
+                start = max(start, end)
+            for number, size in enumerate(sizes):
+                assert (await client.answer(2 * number + 1)).messages == [bytes([number]) * size]
+            writer.close()
+
+    asyncio.run(main())
+
+
+@settings(max_examples=40, deadline=None)
+@given(messages=st.lists(st.binary(max_size=3000), max_size=8), cuts=st.lists(st.integers(1, 9000), max_size=8))
+def test_messages_may_come_in_any_frames(messages: list[bytes], cuts: list[int]) -> None:
+    async def main() -> None:
+        async with serving() as (port, _, _), raw_client(port) as client:
+            client.call(1, STREAM)
+            data, start = b"".join(map(prefixed, messages)), 0
+            for end in sorted({*(cut for cut in cuts if cut < len(data)), len(data)}):
+                client.data(1, data[start:end])
+                start = end
+            client.data(1, b"", ended=True)
+            found = await client.answer(1)
+            assert (found.messages, found.status) == (messages, 0)
+
+    asyncio.run(main())
+
+
+async def test_padding_priority_and_continued_headers() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        block = client.block()
+        payload = b"\x04" + bytes(5) + block[:7] + bytes(4)
+        client.send(frames.frame(frames.HEADERS, frames.PADDED | frames.WITH_PRIORITY, 1, payload))
+        client.send(frames.frame(frames.CONTINUATION, 0, 1, block[7:9]))
+        client.send(frames.frame(frames.CONTINUATION, frames.END_HEADERS, 1, block[9:]))
+        client.send(frames.frame(frames.DATA, frames.PADDED, 1, b"\x03" + prefixed(b"padded")[:4] + bytes(3)))
+        client.send(frames.frame(frames.PRIORITY, 0, 1, bytes(5)))
+        client.send(frames.frame(0xBE, 0xFF, 7, b"of a kind that nobody knows"))
+        client.data(1, prefixed(b"padded")[4:], ended=True)
+        assert (await client.answer(1)).messages == [b"padded"]
+
+
+async def test_trailers_of_a_caller_end_its_side() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, STREAM)
+        client.data(1, prefixed(b"one"))
+        client.send(frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1, client.block(x="y")))
+        assert (await client.answer(1)).messages == [b"one"]
+
+
+async def test_answers_of_one_call_for_all_of_a_generator() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, "/test.Echo/Count")
+        client.message(1, b"3")
+        assert (await client.answer(1)).messages == [b"0", b"1", b"2"]
+
+
+async def test_a_status_with_text_and_metadata() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, "/test.Echo/Refuse")
+        client.message(1, b"")
+        found = await client.answer(1)
+    assert found.headers == {
+        ":status": "200",
+        "content-type": "application/grpc",
+        "grpc-status": "8",
+        "grpc-message": "voll: 100%25 %E2%80%93 %C3%BC%0A",
+        "grpc-retry-pushback-ms": "250",
+    }
+
+
+async def test_what_a_handler_raises_stays_here(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, "/test.Echo/Fail")
+        client.message(1, b"")
+        found = await client.answer(1)
+        assert (found.status, found.headers["grpc-message"]) == (13, "internal error; the server's log says more")
+        assert "secret" in caplog.text
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+@pytest.mark.parametrize(
+    ("headers", "path", "status", "text"),
+    [
+        ({}, "/test.Echo/Nothing", 12, "Method not found!"),
+        ({}, "test.Echo/Unary", 12, "Method not found!"),
+        ({}, "/test.echo/unary", 12, "Method not found!"),
+        ({"grpc_encoding": "gzip"}, ECHO, 12, "messages must not be compressed"),
+        ({"grpc_timeout": "soon"}, ECHO, 3, "grpc-timeout is no time"),
+        ({"grpc_timeout": "123456789S"}, ECHO, 3, "grpc-timeout is no time"),
+        ({"grpc_timeout": "0n"}, HANG, 4, "Deadline Exceeded"),
+        ({"grpc_timeout": "20m"}, HANG, 4, "Deadline Exceeded"),
+    ],
+)
+async def test_what_calls_are_refused(headers: dict[str, str], path: str, status: int, text: str) -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, path, **headers)
+        client.message(1, b"x")
+        found = await client.answer(1)
+        assert (found.status, found.headers["grpc-message"]) == (status, text)
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({":method": "GET"}, "405"), ({"content_type": "application/json"}, "415"), ({"content_type": ""}, "415")],
+)
+async def test_what_is_no_call_is_answered_in_http(headers: dict[str, str], status: str) -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, ended=True, **headers)
+        found = await client.answer(1)
+        assert found.headers == {":status": status}
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "the call has 0 messages; one is wanted"),
+        (prefixed(b"a") + prefixed(b"b"), "the call has 2 messages; one is wanted"),
+        (prefixed(b"abc")[:-1], "the caller ended within a message"),
+        (b"\0\0", "the caller ended within a message"),
+        (b"\1" + prefixed(b"abc")[1:], "a message is compressed, and the headers do not say how"),
+    ],
+)
+async def test_messages_of_a_call_that_takes_one(data: bytes, text: str) -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1)
+        client.data(1, data, ended=True)
+        found = await client.answer(1)
+        assert (found.status, found.headers["grpc-message"]) == (13, text)
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+async def test_a_message_that_is_too_large_is_refused_by_its_length() -> None:
+    async with serving(max_message_bytes=100) as (port, _, _), raw_client(port) as client:
+        assert await client.echo(1, bytes(100)) == bytes(100)
+        client.call(3)
+        client.data(3, b"\0\xff\xff\xff\xff")
+        found = await client.answer(3)
+        assert (found.status, found.headers["grpc-message"].split()[0:2]) == (8, ["SERVER:", "Received"])
+        assert (await client.until(frames.RST_STREAM)).code == frames.NO_ERROR
+        client.data(3, bytes(1000))  # it was on its way
+        assert await client.echo(5, b"on it goes") == b"on it goes"
+
+
+# How many.
+
+
+async def test_more_calls_than_a_connection_may_have_are_refused_to_be_made_elsewhere() -> None:
+    async with serving(max_streams_per_connection=2) as (port, echo, _), raw_client(port) as client:
+        greeting = await client.until(frames.SETTINGS)
+        assert dict(frames.read_settings(greeting.payload))[frames.MAX_CONCURRENT_STREAMS] == 2
+        for stream in (1, 3, 5):
+            client.call(stream, HANG)
+            client.message(stream, b"x")
+        assert (await client.answer(5)).reset == frames.REFUSED_STREAM
+        echo.release.set()
+        assert [(await client.answer(stream)).status for stream in (1, 3)] == [0, 0]
+        assert await client.echo(7, b"room again") == b"room again"
+
+
+async def test_more_calls_than_there_may_be_are_refused() -> None:
+    async with serving(max_concurrent_calls=2) as (port, echo, _):
+        async with raw_client(port) as one, raw_client(port) as other:
+            for client in (one, other):
+                client.call(1, HANG)
+                client.message(1, b"x")
+            while echo.begun < 2:
+                await asyncio.sleep(0.001)
+            other.call(3, HANG, ended=True)
+            found = await other.answer(3)
+            assert (found.status, found.headers["grpc-message"]) == (8, "2 calls are under way, which is the most")
+            echo.release.set()
+            assert (await one.answer(1)).status == 0
+            assert (await other.answer(1)).status == 0
+            assert await other.echo(5, b"room again") == b"room again"
+
+
+# How much.
+
+
+async def test_answers_wait_for_windows() -> None:
+    window = {"INITIAL_WINDOW_SIZE": 10}
+    async with serving() as (port, _, _), raw_client(port, window) as client:
+        client.call(1)
+        client.message(1, bytes(range(30)))
+        while len(client.streams[1].data) < 10:
+            await client.next_frame()
+        client.call(3)
+        client.message(3, b"small")  # beside one that waits
+        assert (await client.answer(3)).messages == [b"small"]
+        assert len(client.streams[1].data) == 10
+        for _ in range(5):
+            client.send(frames.window_update(1, 5))
+        found = await client.answer(1)
+        assert (found.messages, found.status) == ([bytes(range(30))], 0)
+        assert max(found.frame_sizes) <= 10
+
+
+async def test_a_window_that_shrinks_below_nothing() -> None:
+    async with serving() as (port, _, _), raw_client(port, {"INITIAL_WINDOW_SIZE": 20}) as client:
+        client.call(1)
+        client.message(1, bytes(50))
+        while len(client.streams[1].data) < 20:
+            await client.next_frame()
+        client.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 5}) + frames.window_update(1, 15))  # 0 in all
+        client.send(frames.frame(frames.PING, 0, 0, b"whatever"))
+        await client.until(frames.PING, ack=True)
+        assert len(client.streams[1].data) == 20
+        client.send(frames.window_update(1, 100))
+        assert (await client.answer(1)).messages == [bytes(50)]
+
+
+async def test_the_connection_s_window_is_shared() -> None:
+    size = 40 * KIB
+    window = {"INITIAL_WINDOW_SIZE": 1 << 20}
+    async with serving() as (port, _, _), raw_client(port, window) as client:
+        for stream in (1, 3, 5):
+            client.call(stream)
+            client.message(stream, bytes(size))
+        while sum(len(client.streams[stream].data) for stream in (1, 3, 5)) < frames.DEFAULT_WINDOW:
+            await client.next_frame()
+        client.send(frames.window_update(0, 3 * size))
+        for stream in (1, 3, 5):
+            found = await client.answer(stream)
+            assert found.messages == [bytes(size)]
+            assert max(found.frame_sizes) <= frames.DEFAULT_FRAME_BYTES
+
+
+async def test_a_large_message_gets_the_room_that_it_takes() -> None:
+    size = 40 << 20
+    async with serving(max_message_bytes=64 << 20) as (port, echo, _):
+        async with raw_client(port) as client:
+            echo.read.set()
+            client.call(1, "/test.Echo/Unread")
+            data = prefixed(bytes(size))
+            sent, windows = 0, {0: frames.DEFAULT_WINDOW, 1: frames.DEFAULT_WINDOW}
+            grown = {0: False, 1: False}
+            while sent < len(data):
+                room = min(*windows.values(), frames.DEFAULT_FRAME_BYTES, len(data) - sent)
+                if room:
+                    client.data(1, data[sent : sent + room], ended=sent + room == len(data))
+                    await client.writer.drain()
+                    sent += room
+                    windows = {stream: window - room for stream, window in windows.items()}
+                    continue
+                frame = await client.next_frame()
+                assert frame is not None
+                if frame.kind == frames.SETTINGS and not frame.flags:
+                    new = dict(frames.read_settings(frame.payload))[frames.INITIAL_WINDOW_SIZE]
+                    windows[1] += new - frames.DEFAULT_WINDOW
+                elif frame.kind == frames.WINDOW_UPDATE:
+                    windows[frame.stream] += int.from_bytes(frame.payload, "big")
+                    grown[frame.stream] = True
+            assert (await client.answer(1)).messages == [b"%d" % size]
+            assert grown == {0: True, 1: True}
+
+
+async def test_what_nobody_reads_is_bounded() -> None:
+    async with serving() as (port, echo, _), raw_client(port) as client:
+        client.call(1, "/test.Echo/Unread")
+        piece = prefixed(bytes(60 * KIB))
+        pieces = STREAM_WINDOW // len(piece)
+        for _ in range(pieces):
+            client.data(1, piece)
+        client.send(frames.frame(frames.PING, 0, 0, b"whatever"))
+        await client.until(frames.PING, ack=True)
+        assert not [frame for frame in client.frames if frame.kind == frames.WINDOW_UPDATE and frame.stream == 1]
+        echo.read.set()
+        assert int.from_bytes((await client.until(frames.WINDOW_UPDATE)).payload, "big") <= pieces * len(piece)
+        client.data(1, b"", ended=True)
+        assert (await client.answer(1)).messages == [b"%d" % (60 * KIB)] * pieces
+
+
+async def test_who_sends_more_than_there_is_room_for_is_cut_off() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, "/test.Echo/Unread")
+        piece = prefixed(bytes(60 * KIB))
+        for _ in range(STREAM_WINDOW // len(piece) + 1):
+            client.data(1, piece)
+        assert (await client.answer(1)).reset == frames.FLOW_CONTROL_ERROR
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+async def test_a_peer_that_reads_nothing_holds_answers_back() -> None:
+    async with serving() as (port, echo, server):
+        async with raw_client(port, {"INITIAL_WINDOW_SIZE": frames.MAX_WINDOW}) as client:
+            client.send(frames.window_update(0, frames.MAX_WINDOW - frames.DEFAULT_WINDOW))
+            client.call(1, "/test.Echo/Late")
+            client.message(1, bytes(100 * KIB))
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            (one,) = [one async for one in _connections(server)]
+            await asyncio.sleep(0.3)
+            assert one._transport is not None
+            assert one._transport.get_write_buffer_size() < 1 << 20  # of a thousand
+            client.writer.transport.abort()  # type: ignore[attr-defined]
+            await one.closed
+            while not echo.cancelled:
+                await asyncio.sleep(0.001)
+
+
+# How it ends.
+
+
+async def test_who_resets_a_call_cancels_it() -> None:
+    async with serving() as (port, echo, server), raw_client(port) as client:
+        ended: list[object] = []
+        client.call(1, HANG)
+        client.message(1, b"x")
+        while not echo.begun:
+            await asyncio.sleep(0.001)
+        echo.contexts[0].add_done_callback(ended.append)
+        client.send(frames.reset(1, frames.CANCEL))
+        while not echo.cancelled:
+            await asyncio.sleep(0.001)
+        assert ended == [echo.contexts[0]]
+        echo.contexts[0].add_done_callback(ended.append)
+        assert ended == [echo.contexts[0]] * 2
+        with pytest.raises(CallEndedError):
+            await echo.contexts[0].write(b"late")
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+        assert client.streams[1].ended is False
+        assert not server._calls
+
+
+async def test_who_is_gone_cancels_its_calls() -> None:
+    async with serving() as (port, echo, server):
+        async with raw_client(port) as client:
+            for stream in (1, 3):
+                client.call(stream, HANG)
+                client.message(stream, b"x")
+            while echo.begun < 2:
+                await asyncio.sleep(0.001)
+        while echo.cancelled < 2 or server._calls or server._connections:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_handler_is_cancelled_at_the_deadline() -> None:
+    async with serving() as (port, echo, _), raw_client(port) as client:
+        client.call(1, HANG, grpc_timeout="50m")
+        client.message(1, b"x")
+        while not echo.begun:
+            await asyncio.sleep(0.001)
+        remaining_s = echo.contexts[0].time_remaining()
+        assert remaining_s is not None
+        assert 0 < remaining_s <= 0.05
+        assert (await client.answer(1)).status == 4
+        while not echo.cancelled:
+            await asyncio.sleep(0.001)
+
+
+async def test_draining_answers_what_has_come_and_what_is_on_its_way() -> None:
+    async with serving() as (port, echo, server), raw_client(port) as client:
+        client.call(1, HANG)
+        client.message(1, b"x")
+        while not echo.begun:
+            await asyncio.sleep(0.001)
+        stopping = asyncio.create_task(server.stop(30.0))
+        first = await client.until(frames.GOAWAY)
+        assert (int.from_bytes(first.payload[:4], "big"), first.code) == (frames.MAX_STREAM, frames.NO_ERROR)
+        assert await client.echo(3, b"was on its way") == b"was on its way"
+        ping = next((frame for frame in client.frames if frame.kind == frames.PING), None)
+        ping = ping or await client.until(frames.PING)
+        client.send(frames.frame(frames.PING, frames.ACK, 0, ping.payload))
+        second = await client.until(frames.GOAWAY)
+        assert (int.from_bytes(second.payload[:4], "big"), second.code) == (3, frames.NO_ERROR)
+        client.call(5, HANG)
+        assert (await client.answer(5)).reset == frames.REFUSED_STREAM
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        echo.release.set()
+        assert (await client.answer(1)).status == 0
+        await client.rest()
+        await stopping
+
+
+async def test_what_does_not_end_in_time_is_told_that_the_server_stops() -> None:
+    async with serving() as (port, echo, server), raw_client(port) as client:
+        client.call(1, HANG)
+        client.message(1, b"x")
+        while not echo.begun:
+            await asyncio.sleep(0.001)
+        await server.stop(0.05)
+        found = await client.answer(1)
+        assert (found.status, found.headers["grpc-message"]) == (14, "the server is stopping")
+        assert echo.cancelled
+        await client.rest()
+
+
+# What peers must not do.
+
+
+def _raw(*made: bytes) -> Callable[[RawClient], None]:
+    return lambda client: [client.send(one) for one in made][0]
+
+
+def _after_a_call(*made: bytes) -> Callable[[RawClient], None]:
+    def send(client: RawClient) -> None:
+        client.call(1, STREAM)
+        _raw(*made)(client)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("send", "code"),
+    [
+        (_raw(frames.frame(frames.HEADERS, frames.END_HEADERS, 2, b"\x82")), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.HEADERS, frames.END_HEADERS, 0, b"\x82")), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.HEADERS, frames.END_HEADERS, 1, b"\xff\xff\xff")), frames.COMPRESSION_ERROR),
+        (_raw(frames.frame(frames.HEADERS, frames.END_HEADERS, 1, b"\xc1")), frames.COMPRESSION_ERROR),
+        (_raw(frames.frame(frames.HEADERS, frames.PADDED, 1, b"\x09\0")), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.DATA, 0, 1, b"x")), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.DATA, 0, 0, b"x")), frames.PROTOCOL_ERROR),
+        (_after_a_call(frames.frame(frames.DATA, frames.PADDED, 1, b"\x04abc")), frames.PROTOCOL_ERROR),
+        (_after_a_call(frames.frame(frames.DATA, frames.PADDED, 1, b"")), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.CONTINUATION, 0, 1, b"")), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.HEADERS, 0, 1) + frames.frame(frames.PING, 0, 0, bytes(8))), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.HEADERS, 0, 1) + frames.frame(frames.CONTINUATION, 0, 3)), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.RST_STREAM, 0, 1, bytes(4))), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.RST_STREAM, 0, 1, bytes(3))), frames.FRAME_SIZE_ERROR),
+        (_raw(frames.frame(frames.SETTINGS, 0, 0, bytes(5))), frames.FRAME_SIZE_ERROR),
+        (_raw(frames.frame(frames.SETTINGS, 0, 1)), frames.PROTOCOL_ERROR),
+        (_raw(frames.settings({frames.INITIAL_WINDOW_SIZE: 1 << 31})), frames.FLOW_CONTROL_ERROR),
+        (_raw(frames.settings({frames.MAX_FRAME_SIZE: 100})), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.PING, 0, 0, bytes(7))), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.PING, 0, 1, bytes(8))), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.PUSH_PROMISE, 0, 1, bytes(4))), frames.PROTOCOL_ERROR),
+        (_raw(frames.window_update(0, 0)), frames.PROTOCOL_ERROR),
+        (_raw(frames.window_update(0, frames.MAX_WINDOW)), frames.FLOW_CONTROL_ERROR),
+        (_raw(frames.window_update(1, 1)), frames.PROTOCOL_ERROR),
+        (_raw(frames.frame(frames.WINDOW_UPDATE, 0, 0, bytes(3))), frames.FRAME_SIZE_ERROR),
+        (_raw(frames.head(connection.FRAME_BYTES + 1, frames.DATA, 0, 1)), frames.FRAME_SIZE_ERROR),
+    ],
+)
+async def test_a_peer_that_breaks_the_protocol_is_told_how(send: Callable[[RawClient], None], code: int) -> None:
+    async with serving() as (port, _, server), raw_client(port) as client:
+        send(client)
+        rest = await client.rest()
+        assert [frame.code for frame in rest if frame.kind == frames.GOAWAY] == [code]
+        while server._connections:
+            await asyncio.sleep(0.001)
+        async with raw_client(port) as other:
+            assert await other.echo(1, b"on it goes") == b"on it goes"
+
+
+async def test_a_stream_s_window_may_not_grow_too_large_either() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, STREAM)
+        client.send(frames.window_update(1, frames.MAX_WINDOW))
+        assert (await client.answer(1)).reset == frames.FLOW_CONTROL_ERROR
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+@pytest.mark.parametrize("greeting", [b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", b"\x16\x03\x01\x02\0\x01\0", b"PRI * HTTP/1"])
+async def test_what_is_no_http2_is_hung_up_on(greeting: bytes) -> None:
+    async with serving() as (port, _, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(greeting)
+        await reader.read()
+        writer.close()
+
+
+async def test_who_never_greets_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_HANDSHAKE_S", 0.05)
+    async with serving() as (port, _, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(frames.PREFACE[:10])
+        with pytest.raises(ConnectionError):
+            await reader.read()
+            raise ConnectionResetError
+        writer.close()
+
+
+def _reset_at_once(client: RawClient, number: int) -> None:
+    client.call(2 * number + 1, HANG)
+    client.send(frames.reset(2 * number + 1, frames.CANCEL))
+
+
+def _headers_for_ever(client: RawClient, number: int) -> None:
+    kind = frames.CONTINUATION if number else frames.HEADERS
+    client.send(frames.frame(kind, 0, 1, b"\0\1a\1b" * 20 if number % 2 else b""))
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        _reset_at_once,
+        _headers_for_ever,
+        lambda client, _: client.send(frames.frame(frames.PING, 0, 0, bytes(8))),
+        lambda client, _: client.send(frames.settings({})),
+        lambda client, number: client.data(1, b"") if number else client.call(1, STREAM),
+    ],
+)
+async def test_who_asks_for_much_and_wants_nothing_is_hung_up_on(send: Callable[[RawClient, int], None]) -> None:
+    async with serving() as (port, echo, server), raw_client(port) as client:
+        (one,) = [one async for one in _connections(server)]
+        for number in range(100_000):
+            send(client, number)
+            if number % 500 == 0:
+                await asyncio.sleep(0.001)
+                if one.closed.done():
+                    break
+        assert number < 99_999
+        await client.rest()
+        assert echo.begun <= number
+        async with raw_client(port) as other:
+            assert await other.echo(1, b"on it goes") == b"on it goes"
+        assert not server._calls
+
+
+async def _connections(server: GrpcServer) -> AsyncIterator[connection.Connection]:
+    while not server._connections:
+        await asyncio.sleep(0.001)
+    for one in server._connections:
+        yield one
+
+
+async def test_a_silent_peer_is_asked_and_left() -> None:
+    async with serving(keepalive_s=0.05, keepalive_timeout_s=0.05) as (port, _, _), raw_client(port) as client:
+        for _ in range(3):
+            ping = await client.until(frames.PING)
+            client.send(frames.frame(frames.PING, frames.ACK, 0, ping.payload))
+        await client.until(frames.PING)
+        assert all(frame.kind == frames.PING for frame in await client.rest())
+
+
+# Where it listens.
+
+
+async def test_it_listens_on_each_kind_of_address(tmp_path: Path) -> None:
+    for address in ("localhost:0", "[::]:0", f"unix:{tmp_path / 'socket'}"):
+        server = GrpcServer(Limits())
+        server.add_generic_rpc_handlers([Echo().handler()])
+        port = await server.start(address)
+        target = address if not port else f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(target) as channel:
+            unary: Any = channel.unary_unary(ECHO)
+            assert await unary(b"hello") == b"hello"
+        await server.stop()
+
+
+async def test_a_port_is_had_once_or_shared() -> None:
+    async with serving(reuse_port=True) as (port, _, _):
+        for reuse_port in (True, False):
+            other = GrpcServer(Limits(reuse_port=reuse_port))
+            if reuse_port:
+                assert await other.start(f"127.0.0.1:{port}") == port
+            else:
+                with pytest.raises(OSError, match="in use"):
+                    await other.start(f"127.0.0.1:{port}")
+            await other.stop()
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        await GrpcServer(Limits()).start(f"127.0.0.1:{taken.getsockname()[1]}")
