@@ -119,7 +119,8 @@ class Server:
             reflection.SERVICE_NAME,
         ]
         add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
-        add_reflection(reflection.aio.ReflectionServicer(names), self._grpc)
+        reflection_api: Any = reflection
+        add_reflection(reflection_api.aio.ReflectionServicer(names), self._grpc)
 
     async def _listen(self) -> int:
         try:

@@ -30,10 +30,10 @@ from modelport import (
 from modelport.v1 import rollout_pb2, rollout_pb2_grpc
 from modelport_registry import Registry, transitions
 from modelport_server.gates.result import GateResult, Outcome
+from modelport_server.http2.server import GrpcServer, Limits
 from modelport_server.options import ServerOptions
 from modelport_server.rollout.lifecycle import State
 from modelport_server.rollout.status import RolloutStatus, RolloutVersion, StatusBoard, StepStatus, Traffic
-from modelport_server.http2.server import GrpcServer, Limits
 from modelport_server.rpc.rollouts import RolloutService
 from tests.support.saved_models import write_fake_saved_model
 from tests.support.server import wait_for

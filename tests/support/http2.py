@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -86,7 +86,7 @@ class RawClient:
         fields |= {name.replace("_", "-"): value for name, value in more.items()}
         return bytes(self._encoder.encode([(name, value) for name, value in fields.items() if value]))
 
-    def call(self, stream: int, path: str = ECHO, *, ended: bool = False, **more: str) -> None:
+    def call(self, stream: int, path: str = ECHO, ended: bool = False, **more: str) -> None:
         """Sends the headers of a call."""
         flags = frames.END_HEADERS | (frames.END_STREAM if ended else 0)
         self.send(frames.frame(frames.HEADERS, flags, stream, self.block(path, **more)))
@@ -150,6 +150,15 @@ class RawClient:
         while await self.next_frame() is not None:
             pass
         return self.frames[first:]
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Returns once a condition holds."""
+    async with asyncio.timeout(20.0):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.001)
 
 
 def prefixed(message: bytes) -> bytes:

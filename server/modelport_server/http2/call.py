@@ -199,13 +199,24 @@ class ServerCall:
         Raises:
             CallEndedError: if the call has ended, before or meanwhile.
         """
+        sent = self.send(message)
+        if sent is not None:
+            await sent
+
+    def send(self, message: bytes) -> asyncio.Future[None] | None:
+        """Sends a message; returns what is done once it is on its way, or None if it is already.
+
+        Raises:
+            CallEndedError: if the call has ended; what is returned raises it, too.
+        """
         if self._ended:
             raise CallEndedError("the call has ended")
         self._send(message)
-        if self._outgoing:
-            sent = self._connection.loop.create_future()
-            self._writers.append((self._queued, sent))
-            await sent
+        if not self._outgoing:
+            return None
+        sent = self._connection.loop.create_future()
+        self._writers.append((self._queued, sent))
+        return sent
 
     def answer(self, message: bytes) -> None:
         """Sends the only message and ends the call well."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from modelport_server.http2 import frames, headers
 from modelport_server.http2.call import STREAM_WINDOW, ServerCall
@@ -98,6 +98,16 @@ class Connection(asyncio.Protocol):
         self._calm = _CALM
         self._calm_at = self.loop.time()
         self.closed: asyncio.Future[None] = self.loop.create_future()
+        """Done once the connection is gone."""
+        self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
+            frames.RST_STREAM: self._on_reset,
+            frames.SETTINGS: self._on_settings,
+            frames.PUSH_PROMISE: self._on_push,
+            frames.PING: self._on_ping,
+            frames.WINDOW_UPDATE: self._on_window,
+            frames.CONTINUATION: self._on_continuation,
+        }
+        """By kinds of frames; what others say means nothing to a server."""
 
     # What asyncio calls.
 
@@ -188,8 +198,8 @@ class Connection(asyncio.Protocol):
                 self._on_data(stream, flags, buffer, first, after)
             elif kind == frames.HEADERS:
                 self._on_headers(stream, flags, buffer[first:after])
-            elif kind < len(_HANDLERS) and (handler := _HANDLERS[kind]) is not None:
-                handler(self, stream, flags, buffer[first:after])
+            elif (handler := self._handlers.get(kind)) is not None:
+                handler(stream, flags, buffer[first:after])
             start = after
         return start
 
@@ -342,11 +352,15 @@ class Connection(asyncio.Protocol):
         self._out_bytes = 0
 
     def _reply(self, data: bytes) -> None:
-        assert self._transport is not None
-        if self._paused and self._transport.get_write_buffer_size() > _REPLIES_BYTES:
+        if self._paused and self.unsent_bytes > _REPLIES_BYTES:
             self.abort()
         else:
             self.send(data)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much waits for its peer to read."""
+        return self._out_bytes + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
 
     @property
     def takes_data(self) -> bool:
@@ -432,21 +446,6 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-_Handler = Callable[[Connection, int, int, bytes], None]
-_HANDLERS: tuple[_Handler | None, ...] = (
-    None,
-    None,
-    None,  # PRIORITY means nothing to a server
-    Connection._on_reset,
-    Connection._on_settings,
-    Connection._on_push,
-    Connection._on_ping,
-    None,  # a client that goes away closes the connection
-    Connection._on_window,
-    Connection._on_continuation,
-)
-
-
 def _unpadded(flags: int, payload: bytes) -> bytes:
     start = padding = 0
     if flags & frames.PADDED:
@@ -461,8 +460,8 @@ def _unpadded(flags: int, payload: bytes) -> bytes:
 
 def _peer_of(transport: asyncio.BaseTransport) -> str:
     """Returns who calls, as gRPC names it."""
-    name = transport.get_extra_info("peername")
-    if not isinstance(name, tuple):
+    name: Any = transport.get_extra_info("peername")
+    if not name or isinstance(name, (str, bytes)):
         return "unix:"
-    host, port = name[:2]
+    host, port = str(name[0]), int(name[1])
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -116,6 +116,16 @@ class GrpcServer:
     def _connection(self) -> Connection:
         return Connection(self)
 
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Those that there are."""
+        return tuple(self._connections)
+
+    @property
+    def calls_under_way(self) -> int:
+        """How many calls have a handler that has not ended, or an answer that is not sent."""
+        return len(self._calls)
+
     def add(self, connection: Connection) -> None:
         """Takes note of a connection."""
         self._connections[connection] = None
@@ -128,7 +138,7 @@ class GrpcServer:
         """Takes no more connections, and has peers open no more calls; those that are on their way are answered."""
         for server in self._servers:
             server.close()
-        for connection in list(self._connections):
+        for connection in self.connections:
             connection.drain()
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -146,12 +156,12 @@ class GrpcServer:
                 pass
         for call in list(self._calls):
             call.fail(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
-        closed = [connection.closed for connection in self._connections]
-        for connection in list(self._connections):
+        closed = [connection.closed for connection in self.connections]
+        for connection in self.connections:
             connection.end(0, "")
         if closed:
             await asyncio.wait(closed, timeout=_CLOSING_S)
-        for connection in list(self._connections):
+        for connection in self.connections:
             connection.abort()
 
     # What calls come to.
@@ -245,7 +255,7 @@ class GrpcServer:
 
     async def _stream(self, call: ServerCall, method: Any, request: Any) -> None:
         handler = method.stream_stream if method.request_streaming else method.unary_stream
-        context = call if method.response_serializer is None else _Serializing(call, method)
+        context: Any = call if method.response_serializer is None else _Serializing(call, method)
         answers = handler(request, context)
         if inspect.isasyncgen(answers):
             async for answer in answers:

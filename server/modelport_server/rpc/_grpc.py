@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -20,8 +21,8 @@ class Context(Protocol):
         """Returns the next message, or ``END_OF_STREAM``."""
         ...
 
-    async def write(self, message: bytes) -> None:
-        """Sends a message."""
+    def send(self, message: bytes) -> asyncio.Future[None] | None:
+        """Sends a message; returns what is done once it is on its way, or None if it is already."""
         ...
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> Any:

@@ -142,8 +142,10 @@ class PredictMany:
     async def _send(self, message: bytes) -> None:
         stall_s = self._options.stream_stall_s
         try:
-            async with asyncio.timeout(stall_s):
-                await self._context.write(message)
+            sent = self._context.send(message)
+            if sent is not None:
+                async with asyncio.timeout(stall_s):
+                    await sent
         except TimeoutError:
             raise StalledError(f"the results were not read for {stall_s:g} s", retry_after_s=0.0) from None
         except Exception as error:

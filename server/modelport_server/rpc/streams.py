@@ -209,8 +209,10 @@ class PredictStream:
 
     async def _send(self, message: bytes) -> None:
         try:
-            async with asyncio.timeout(self._options.stream_stall_s):
-                await self._context.write(message)
+            sent = self._context.send(message)
+            if sent is not None:
+                async with asyncio.timeout(self._options.stream_stall_s):
+                    await sent
         except TimeoutError:
             stall_s = self._options.stream_stall_s
             raise StalledError(f"the stream's answers were not read for {stall_s:g} s", retry_after_s=0.0) from None
