@@ -16,6 +16,7 @@ BENCHMARKS = (
     "sdk",
     "scaling",
     "cost",
+    "transport",
     "accurate",
     "precisions",
 )

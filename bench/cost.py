@@ -41,9 +41,9 @@ class Spent:
     """Processor time in seconds, by who spent it."""
 
     loop: float
-    """The front's event loop: gRPC's Python side and everything of ours."""
+    """The front's event loop."""
     threads: float
-    """The front's other threads, which are gRPC's."""
+    """The front's other threads."""
     engine: float
 
     def __sub__(self, other: Spent) -> Spent:
@@ -92,7 +92,7 @@ def draw(stage: Stage, path: Path) -> None:
 def report(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
     """Prints medians."""
     table = Table(title=f"microseconds of processor time a message: medians of {options.rounds} rounds")
-    heads = ("", "messages/s", "front: event loop", "front: gRPC's threads", "engine process", "driver")
+    heads = ("", "messages/s", "front: event loop", "front: other threads", "engine process", "driver")
     for head in heads:
         table.add_column(head)
     for case in CASES:

@@ -20,6 +20,7 @@ from bench.scaling import MOST_ROWS
 from bench.sdk import CASES as SDK_CASES
 from bench.shadow import LOADS
 from bench.startup import ENGINES as STARTED
+from bench.transport import CONCURRENCIES
 from modelport_server.engines.kinds import PRECISIONS
 from modelport_server.gates.result import GATES
 
@@ -140,6 +141,15 @@ def test_cost(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert [row["case"] for row in rows] == [case.name for case in CASES]
     assert all(row["us"]["loop"] > 0 and row["us"]["engine"] > 0 for row in rows)
+
+
+@WITH_LOADGEN
+def test_transport(tmp_path: Path) -> None:
+    rounds = figures("transport", tmp_path)
+    assert {(one["way"], one["concurrency"]) for one in rounds} >= {
+        (way, concurrency) for way in ("grpc.aio", "modelport") for concurrency in CONCURRENCIES
+    }
+    assert all(one["per_s"] > 0 and one["us"] > 0 and one["failed"] == 0 for one in rounds)
 
 
 @pytest.mark.slow

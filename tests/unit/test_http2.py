@@ -240,7 +240,12 @@ async def test_what_calls_are_refused(headers: dict[str, str], path: str, status
 
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [({":method": "GET"}, "405"), ({"content_type": "application/json"}, "415"), ({"content_type": ""}, "415")],
+    [
+        ({":method": "GET"}, "405"),
+        ({"content_type": "application/json"}, "415"),
+        ({"content_type": ""}, "415"),
+        ({"content_type": "application/grpc-web"}, "415"),
+    ],
 )
 async def test_what_is_no_call_is_answered_in_http(headers: dict[str, str], status: str) -> None:
     async with serving() as (port, _, _), raw_client(port) as client:

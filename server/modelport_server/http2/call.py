@@ -233,8 +233,9 @@ class ServerCall:
             self._outgoing += (memoryview(prefix), memoryview(message))
             self._queued += size
             self._trailers = trailers
-            connection.wait(self)
-            connection.send_waiting()
+            if self.may_send:
+                connection.wait(self)
+                connection.send_waiting()
             return
         self._send_window -= size
         connection.send_window -= size
@@ -246,16 +247,16 @@ class ServerCall:
             self._close()
 
     @property
-    def has_more(self) -> bool:
-        """Whether there is something that could not be sent."""
-        return bool(self._outgoing)
+    def may_send(self) -> bool:
+        """Whether there is something to send, and its caller takes more."""
+        return bool(self._outgoing) and self._send_window > 0
 
-    def send_some(self) -> bool:
-        """Sends a frame if it may; returns whether it did."""
+    def send_some(self) -> None:
+        """Sends a frame, if it may."""
         connection = self._connection
         room = min(self._send_window, connection.send_window, connection.largest_frame, self._queued - self._sent)
-        if room <= 0 or not connection.takes_data:
-            return False
+        if room <= 0:
+            return
         self._send_window -= room
         connection.send_window -= room
         self._sent += room
@@ -273,13 +274,14 @@ class ServerCall:
                 sent.set_result(None)
         if not self._outgoing and self._trailers:
             self._finish(self._trailers)
-        return True
 
     def widen(self, size: int) -> None:
         """Takes note that the caller takes so many more bytes; fewer, if it is negative."""
         self._send_window += size
         if self._send_window > frames.MAX_WINDOW:
             self._reset(frames.FLOW_CONTROL_ERROR)
+        elif self.may_send:
+            self._connection.wait(self)
 
     def _head(self) -> bytes:
         """Returns the headers, if they have not been sent."""

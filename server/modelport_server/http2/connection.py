@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
         self._flushing = False
         self._paused = False
         self._waiting: dict[ServerCall, None] = {}
-        """Those that could not send all that they have."""
+        """Those that have something to send, and room for it in their own windows."""
         self._unfinished = 0
         """How many calls that their callers gave up are still being taken down."""
         self._heard = False
@@ -374,14 +374,12 @@ class Connection(asyncio.Protocol):
     def send_waiting(self) -> None:
         """Lets those that wait send a frame each, in turns, while there is room."""
         while self._waiting and self.takes_data:
-            progress = False
             for call in list(self._waiting):
-                if call.send_some():
-                    progress = True
-                if not call.has_more:
+                if not self.takes_data:
+                    return
+                call.send_some()
+                if not call.may_send:
                     self._waiting.pop(call, None)
-            if not progress:
-                return
 
     def forget(self, call: ServerCall) -> None:
         """Lets go of a call that has ended, or that can't be answered any more."""

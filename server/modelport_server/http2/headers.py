@@ -22,6 +22,7 @@ MAX_BLOCK_BYTES = 64 * 1024
 """The most that its frames may have together."""
 
 _KNOWN_BLOCKS = 64
+_CONTENT_TYPE = re.compile(rb"application/grpc([+;].*)?")
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
@@ -95,7 +96,7 @@ def _request_head(headers: Iterable[tuple[bytes, bytes]]) -> RequestHead:
     values = dict(headers)
     if values.get(b":method") != b"POST":
         return RequestHead("", http_status=405)
-    if not values.get(b"content-type", b"").startswith(b"application/grpc"):
+    if _CONTENT_TYPE.fullmatch(values.get(b"content-type", b"")) is None:
         return RequestHead("", http_status=415)
     path = values.get(b":path", b"").decode("latin-1")
     encoding = values.get(b"grpc-encoding", b"identity").decode("latin-1")

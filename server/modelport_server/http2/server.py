@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import logging
 import socket
@@ -92,10 +93,19 @@ class GrpcServer:
         host, _, text = address.rpartition(":")
         host, port = host.removeprefix("[").removesuffix("]"), int(text)
         places = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        missing: OSError | None = None
         for family, place in dict.fromkeys((family, place) for family, _, _, _, place in places):
-            listener = self._listener(family, (place[0], port, *place[2:]))
+            try:
+                listener = self._listener(family, (place[0], port, *place[2:]))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error  # a name may have an address of a kind that this machine does not have
+                continue
             port = listener.getsockname()[1]  # the same for all
             self._servers.append(await loop.create_server(self._connection, sock=listener, backlog=_BACKLOG))
+        if missing is not None and not self._servers:
+            raise missing
         return port
 
     def _listener(self, family: int, place: Any) -> socket.socket:
