@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 _THREADS = min(32, (os.cpu_count() or 1) + 4)
 """As many as asyncio's own pool, for what may block: reading the registry, and waiting for processes that end."""
 _HARD_EXIT_S = 2.0
-_LAST_WORDS_S = 0.25
-"""How long streams may take to end that have been told to, and others that nobody tells, such as those of health."""
+_TELL_S = 0.25
+"""How long those who watch the server's health may take to be told that it stops."""
 _SECOND_SIGNAL_STATUS = 1
 _HUNG_STATUS = 1
 
@@ -158,17 +158,14 @@ class Server:
         _log.info("stopping: not serving, new calls are taken for another %g s", options.lame_duck_s)
         limit_s = options.lame_duck_s + options.grace_s + _HARD_EXIT_S
         _exit_after(limit_s)
-        await self._health.shut_down()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TELL_S):  # it waits for each who watches
+                await self._health.shut_down()
         await asyncio.sleep(options.lame_duck_s)
         self._models.drain()
         self._rollouts.drain()
         self._prediction.drain()
-        self._grpc.drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(options.grace_s):
-                await self._prediction.wait_idle()
-        self._prediction.refuse()
-        await self._grpc.stop(_LAST_WORDS_S)
+        await self._grpc.stop(options.grace_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -182,7 +179,9 @@ def limits_of(options: RpcOptions) -> Limits:
         max_message_bytes=options.max_message_bytes,
         max_concurrent_calls=options.max_concurrent_calls,
         max_streams_per_connection=options.max_streams_per_connection,
+        stall_s=options.stream_stall_s,
         reuse_port=options.reuse_port,
+        endless=frozenset({"/grpc.health.v1.Health/Watch"}),
     )
 
 

@@ -71,6 +71,13 @@ class Echo:
             self.cancelled += 1
             raise
 
+    async def sized(self, message: bytes, context: ServerCall) -> bytes:
+        self.begun += 1
+        return bytes(int(message))
+
+    async def lengthy(self, message: bytes, context: ServerCall) -> None:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no " * 300)
+
     async def refuse(self, message: bytes, context: ServerCall) -> None:
         metadata = (("grpc-retry-pushback-ms", "250"),)
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "voll: 100% ø ü\n", trailing_metadata=metadata)
@@ -87,6 +94,8 @@ class Echo:
             "Hang": api.unary_unary_rpc_method_handler(self.hang),
             "Unread": api.stream_stream_rpc_method_handler(self.unread),
             "Late": api.unary_stream_rpc_method_handler(self.late),
+            "Sized": api.unary_unary_rpc_method_handler(self.sized),
+            "Lengthy": api.unary_unary_rpc_method_handler(self.lengthy),
             "Refuse": api.unary_unary_rpc_method_handler(self.refuse),
             "Fail": api.unary_unary_rpc_method_handler(self.fail),
         }
@@ -259,7 +268,7 @@ async def test_what_is_no_call_is_answered_in_http(headers: dict[str, str], stat
     ("data", "text"),
     [
         (b"", "the call has 0 messages; one is wanted"),
-        (prefixed(b"a") + prefixed(b"b"), "the call has 2 messages; one is wanted"),
+        (prefixed(b"a") + prefixed(b"b"), "the call has more messages than the one that is wanted"),
         (prefixed(b"abc")[:-1], "the caller ended within a message"),
         (b"\0\0", "the caller ended within a message"),
         (b"\1" + prefixed(b"abc")[1:], "a message is compressed, and the headers do not say how"),
@@ -271,6 +280,14 @@ async def test_messages_of_a_call_that_takes_one(data: bytes, text: str) -> None
         client.data(1, data, ended=True)
         found = await client.answer(1)
         assert (found.status, found.headers["grpc-message"]) == (13, text)
+        assert await client.echo(3, b"on it goes") == b"on it goes"
+
+
+async def test_headers_that_are_too_large_fail_their_call_alone() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        client.call(1, ECHO, True, cookie="x" * 20_000)
+        found = await client.answer(1)
+        assert (found.status, found.headers["grpc-message"]) == (8, "the headers are too large")
         assert await client.echo(3, b"on it goes") == b"on it goes"
 
 
@@ -397,6 +414,43 @@ async def test_a_large_message_gets_the_room_that_it_takes() -> None:
         assert grown == {0: True, 1: True}
 
 
+async def test_an_empty_answer_waits_for_a_window_too() -> None:
+    async with serving() as (port, _, _), raw_client(port, {"INITIAL_WINDOW_SIZE": 3}) as client:
+        client.call(1)
+        client.message(1, b"")
+        while len(client.streams[1].data) < 3:
+            await client.next_frame()
+        client.send(frames.window_update(1, 2))
+        found = await client.answer(1)
+        assert (found.messages, found.status) == ([b""], 0)
+
+
+async def test_those_that_wait_go_on_in_turns() -> None:
+    size = 200 * KIB
+    async with serving() as (port, _, _), raw_client(port, {"INITIAL_WINDOW_SIZE": 1 << 20}) as client:
+        for stream in (1, 3):
+            client.call(stream)
+            client.data(stream, prefixed(bytes(size))[: 100 * KIB])
+            client.data(stream, prefixed(bytes(size))[100 * KIB :], ended=True)
+        while sum(len(client.streams[stream].data) for stream in (1, 3)) < frames.DEFAULT_WINDOW:
+            await client.next_frame()
+        before = {stream: len(client.streams[stream].data) for stream in (1, 3)}
+        client.send(frames.window_update(0, 100 * KIB))
+        while sum(len(client.streams[stream].data) for stream in (1, 3)) < frames.DEFAULT_WINDOW + 100 * KIB:
+            await client.next_frame()
+        assert all(len(client.streams[stream].data) - before[stream] > 30 * KIB for stream in (1, 3))
+
+
+@pytest.mark.parametrize("path", [ECHO, "/test.Echo/Late", "/test.Echo/Count"])
+async def test_who_does_not_read_an_answer_does_not_get_it_for_ever(path: str) -> None:
+    async with serving(stall_s=0.1) as (port, _, server), raw_client(port, {"INITIAL_WINDOW_SIZE": 3}) as client:
+        client.call(1, path)
+        client.message(1, b"5")
+        found = await client.answer(1)
+        assert (found.status, found.headers["grpc-message"]) == (8, "answers were not read for 0.1 s")
+        await eventually(lambda: not server.calls_under_way)
+
+
 async def test_what_nobody_reads_is_bounded() -> None:
     async with serving() as (port, echo, _), raw_client(port) as client:
         client.call(1, "/test.Echo/Unread")
@@ -506,6 +560,37 @@ async def test_draining_answers_what_has_come_and_what_is_on_its_way() -> None:
         await stopping
 
 
+async def test_who_has_not_heard_that_it_drains_is_answered() -> None:
+    async with serving() as (port, _, server), raw_client(port) as client:
+        await client.echo(1, b"x")
+        stopping = asyncio.create_task(server.stop(30.0))
+        await client.until(frames.GOAWAY)
+        assert await client.echo(3, b"was on its way") == b"was on its way"
+        ping = next((frame for frame in client.frames if frame.kind == frames.PING), None)
+        ping = ping or await client.until(frames.PING)
+        client.send(frames.frame(frames.PING, frames.ACK, 0, ping.payload))
+        await client.rest()
+        await stopping
+
+
+async def test_the_last_answers_are_not_cut_off_by_what_is_still_asked() -> None:
+    size = 2 << 20
+    async with serving() as (port, echo, server), raw_client(port, {"INITIAL_WINDOW_SIZE": 4 << 20}) as client:
+        client.send(frames.window_update(0, 4 << 20))
+        client.call(1, "/test.Echo/Sized")
+        client.message(1, b"%d" % size)
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await eventually(lambda: echo.begun)
+        stopping = asyncio.create_task(server.stop(30.0))
+        for number in range(200):
+            client.send(frames.frame(frames.PING, 0, 0, number.to_bytes(8, "big")))
+        await asyncio.sleep(0.05)
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert (await client.answer(1)).messages == [bytes(size)]
+        await client.rest()
+        await stopping
+
+
 async def test_what_does_not_end_in_time_is_told_that_the_server_stops() -> None:
     async with serving() as (port, echo, server), raw_client(port) as client:
         client.call(1, HANG)
@@ -554,6 +639,13 @@ def _after_a_call(*made: bytes) -> Callable[[RawClient], None]:
         (_raw(frames.frame(frames.SETTINGS, 0, 1)), frames.PROTOCOL_ERROR),
         (_raw(frames.settings({frames.INITIAL_WINDOW_SIZE: 1 << 31})), frames.FLOW_CONTROL_ERROR),
         (_raw(frames.settings({frames.MAX_FRAME_SIZE: 100})), frames.PROTOCOL_ERROR),
+        (
+            _after_a_call(
+                frames.window_update(1, 1 << 30), frames.settings({frames.INITIAL_WINDOW_SIZE: (1 << 31) - 1})
+            ),
+            frames.FLOW_CONTROL_ERROR,
+        ),
+        (_raw(frames.frame(frames.HEADERS, frames.END_HEADERS, 1, bytes(100 * KIB))), frames.ENHANCE_YOUR_CALM),
         (_raw(frames.frame(frames.PING, 0, 0, bytes(7))), frames.PROTOCOL_ERROR),
         (_raw(frames.frame(frames.PING, 0, 1, bytes(8))), frames.PROTOCOL_ERROR),
         (_raw(frames.frame(frames.PUSH_PROMISE, 0, 1, bytes(4))), frames.PROTOCOL_ERROR),
@@ -644,6 +736,36 @@ async def test_who_asks_for_much_and_wants_nothing_is_hung_up_on(send: Callable[
         async with raw_client(port) as other:
             assert await other.echo(1, b"on it goes") == b"on it goes"
         assert not server.calls_under_way
+
+
+async def test_who_gets_answers_may_ask_for_much() -> None:
+    async with serving() as (port, _, _), raw_client(port) as client:
+        for number in range(8_000):
+            stream = 2 * number + 1
+            client.call(stream)
+            client.data(stream, prefixed(b"x"))
+            client.data(stream, b"", ended=True)
+            client.send(frames.frame(frames.PING, 0, 0, bytes(8)) + frames.window_update(0, 6))
+            if number % 100 == 99:
+                assert (await client.answer(stream)).status == 0
+
+
+async def test_a_peer_that_reads_nothing_does_not_get_refusals_for_ever() -> None:
+    async with serving() as (port, _, server), raw_client(port) as client:
+        one = await _connection(server)
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        most, stream = 0, 1
+        while not one.closed.done():
+            assert stream < 100_000
+            for _ in range(100):
+                client.call(stream, "/test.Echo/Lengthy")
+                client.message(stream, b"")
+                stream += 2
+            await asyncio.sleep(0.001)
+            most = max(most, one.unsent_bytes)
+        assert most < 5 << 20
+        async with raw_client(port) as other:
+            assert await other.echo(1, b"on it goes") == b"on it goes"
 
 
 async def _connection(server: GrpcServer) -> connection.Connection:

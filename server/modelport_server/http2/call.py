@@ -56,6 +56,7 @@ class ServerCall:
         "_room",
         "_send_window",
         "_sent",
+        "_stall",
         "_timer",
         "_trailers",
         "_writers",
@@ -91,6 +92,7 @@ class ServerCall:
         self._trailers = b""
         self._ended = False
         self._timer: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
         self._callbacks: list[Callable[[Any], None]] = []
 
     # What comes.
@@ -106,12 +108,14 @@ class ServerCall:
             ended: whether it was the last one.
         """
         if self._half_closed:
+            self._connection.spend(1)
             self.fail(grpc.StatusCode.INTERNAL, "the caller went on after its end")
             return
         self._room -= size
         self._credit += size
         if self._room < 0:
-            self._reset(frames.FLOW_CONTROL_ERROR)
+            self._connection.spend(1)
+            self.reset(frames.FLOW_CONTROL_ERROR)
             return
         if after > first:
             if not self._partial and self._is_whole(buffer, first, after):
@@ -119,6 +123,8 @@ class ServerCall:
             else:
                 self._partial += buffer[first:after]
                 self._take_messages()
+            if self._on_complete is not None and len(self._messages) > 1:
+                self.fail(grpc.StatusCode.INTERNAL, "the call has more messages than the one that is wanted")
             if self._ended:
                 return
         if ended:
@@ -193,15 +199,24 @@ class ServerCall:
 
     # What goes out.
 
-    async def write(self, message: bytes) -> None:
+    async def write(self, message: bytes, *, stall_s: float = math.inf) -> None:
         """Sends a message; returns once it is on its way.
+
+        Args:
+            message: what is sent.
+            stall_s: how long it may wait for its caller to read before the call is ended, in seconds, if that is less
+                than the server's own limit.
 
         Raises:
             CallEndedError: if the call has ended, before or meanwhile.
         """
         sent = self.send(message)
         if sent is not None:
-            await sent
+            self._limit(stall_s)
+            try:
+                await sent
+            finally:
+                self._unlimit()
 
     def send(self, message: bytes) -> asyncio.Future[None] | None:
         """Sends a message; returns what is done once it is on its way, or None if it is already.
@@ -230,12 +245,12 @@ class ServerCall:
         connection = self._connection
         room = min(self._send_window, connection.send_window, connection.largest_frame)
         if self._outgoing or size > room or not connection.takes_data:
-            self._outgoing += (memoryview(prefix), memoryview(message))
+            self._outgoing += (memoryview(piece) for piece in (prefix, message) if piece)
             self._queued += size
-            self._trailers = trailers
-            if self.may_send:
-                connection.wait(self)
-                connection.send_waiting()
+            if trailers:
+                self._trailers = trailers
+                self._limit()
+            connection.send_all_of(self)
             return
         self._send_window -= size
         connection.send_window -= size
@@ -243,6 +258,7 @@ class ServerCall:
         if trailers:
             parts.append(self._last(trailers))
         connection.send(b"".join(parts))
+        connection.sent_data()
         if trailers:
             self._close()
 
@@ -261,6 +277,7 @@ class ServerCall:
         connection.send_window -= room
         self._sent += room
         connection.send(self._head() + frames.head(room, frames.DATA, 0, self.stream))
+        connection.sent_data()
         while room:
             piece = self._outgoing.popleft()
             if len(piece) > room:
@@ -275,13 +292,10 @@ class ServerCall:
         if not self._outgoing and self._trailers:
             self._finish(self._trailers)
 
-    def widen(self, size: int) -> None:
-        """Takes note that the caller takes so many more bytes; fewer, if it is negative."""
+    def widen(self, size: int) -> bool:
+        """Takes note that the caller takes so many more bytes; fewer, if it is negative. Returns whether it may."""
         self._send_window += size
-        if self._send_window > frames.MAX_WINDOW:
-            self._reset(frames.FLOW_CONTROL_ERROR)
-        elif self.may_send:
-            self._connection.wait(self)
+        return self._send_window <= frames.MAX_WINDOW
 
     def _head(self) -> bytes:
         """Returns the headers, if they have not been sent."""
@@ -302,6 +316,7 @@ class ServerCall:
         """Ends the call well, once what was written is on its way."""
         if self._outgoing:
             self._trailers = headers.OK
+            self._limit()
         elif not self._ended:
             self._finish(headers.OK)
 
@@ -346,7 +361,22 @@ class ServerCall:
         self._connection.send(self._last(trailers))
         self._close()
 
-    def _reset(self, code: int) -> None:
+    def _limit(self, stall_s: float = math.inf) -> None:
+        """Ends the call if what is to be sent has to wait for too long."""
+        if self._stall is None:
+            stall_s = min(stall_s, self._connection.calls.stall_s)
+            self._stall = self._connection.loop.call_later(stall_s, self._on_stall, stall_s)
+
+    def _unlimit(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _on_stall(self, stall_s: float) -> None:
+        self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"answers were not read for {stall_s:g} s")
+
+    def reset(self, code: int) -> None:
+        """Ends the call without a status."""
         self._connection.send(frames.reset(self.stream, code))
         self.give_up()
 
@@ -361,6 +391,7 @@ class ServerCall:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._unlimit()
         self._messages.clear()
         self._partial.clear()
         self._outgoing.clear()

@@ -21,13 +21,17 @@ FRAME_BYTES = 128 * 1024
 _WRITE_BUFFER_BYTES = 256 * 1024
 _FLUSHED_BYTES = 64 * 1024
 """What is not kept until the end of the event loop's turn."""
-_REPLIES_BYTES = 1024 * 1024
+_UNREAD_BYTES = 4 * 1024 * 1024
 """The most bytes that wait for a peer which goes on asking but does not read."""
 _HANDSHAKE_S = 20.0
 _CALM = 10_000.0
 """How often a peer may ask for what costs the server something and brings nobody an answer, in a burst."""
 _CALM_PER_S = 2_000.0
 """And how often in a second for long."""
+_CALM_FOR_DATA = 2.0
+"""How much of that each frame of an answer gives back: its caller may ask for a sign of life, and gives room again."""
+_CLOSING_S = 1.0
+"""How long a peer may take to read the rest once a connection is at its end."""
 _DRAIN_PING = b"draining"
 _ALIVE_PING = b"alive..?"
 
@@ -43,6 +47,8 @@ class Calls(Protocol):
     """How many calls a connection may have at once."""
     max_message_bytes: int
     """The largest message, either way."""
+    stall_s: float
+    """How long an answer may wait for its caller to read, in seconds."""
 
     def begin(self, call: ServerCall, head: RequestHead) -> None:
         """Begins a call."""
@@ -93,7 +99,8 @@ class Connection(asyncio.Protocol):
         self._heard = False
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
-        self._refusing = False
+        self.refusing: asyncio.Future[None] = self.loop.create_future()
+        """Done once it takes no more calls."""
         self._ended = False
         self._calm = _CALM
         self._calm_at = self.loop.time()
@@ -166,8 +173,9 @@ class Connection(asyncio.Protocol):
         self._waiting.clear()
         self._out.clear()
         self.calls.discard(self)
-        if not self.closed.done():
-            self.closed.set_result(None)
+        for done in (self.refusing, self.closed):
+            if not done.done():
+                done.set_result(None)
 
     # What comes in.
 
@@ -213,8 +221,8 @@ class Connection(asyncio.Protocol):
             self.send(frames.window_update(0, self._uncredited))
             self._received += self._uncredited
             self._uncredited = 0
-        if not length:
-            self._spend(1)
+        if not length and not flags & frames.END_STREAM:
+            self.spend(1)
         padding = 0
         if flags & frames.PADDED:
             if not length or (padding := buffer[first]) >= length:
@@ -234,6 +242,7 @@ class Connection(asyncio.Protocol):
         if flags & frames.END_HEADERS:
             self._on_block(stream, flags, payload)
         else:
+            _check_size(payload)
             self._block = stream, flags, bytearray(payload)
 
     def _on_continuation(self, stream: int, flags: int, payload: bytes) -> None:
@@ -241,23 +250,25 @@ class Connection(asyncio.Protocol):
             raise ProtocolError(frames.PROTOCOL_ERROR, "headers that go on without a beginning")
         _, first_flags, block = self._block
         block += payload
-        self._spend(1)
-        if len(block) > headers.MAX_BLOCK_BYTES:
-            raise ProtocolError(frames.ENHANCE_YOUR_CALM, "headers that are too large")
+        self.spend(1)
+        _check_size(block)
         if flags & frames.END_HEADERS:
             self._block = None
             self._on_block(stream, first_flags, bytes(block))
 
     def _on_block(self, stream: int, flags: int, block: bytes) -> None:
+        _check_size(block)
         head = self._headers.read(block)  # in any case: later ones build on it
         if stream <= self._last_stream:
+            self.spend(1)
             call = self.open.get(stream)
             if call is not None:  # trailers, which say nothing to a server
                 call.on_data(b"", 0, 0, 0, ended=True)
             return
         self._last_stream = stream
-        if self._refusing or len(self.open) + self._unfinished >= self.calls.max_streams:
-            self._spend(1)
+        most = self.calls.max_streams
+        if self.refusing.done() or len(self.open) >= most or len(self.open) + self._unfinished >= 2 * most:
+            self.spend(1)
             self.send(frames.reset(stream, frames.REFUSED_STREAM))
             return
         call = ServerCall(self, stream, self._initial_window, half_closed=bool(flags & frames.END_STREAM))
@@ -269,7 +280,7 @@ class Connection(asyncio.Protocol):
             raise ProtocolError(frames.FRAME_SIZE_ERROR, "RST_STREAM of a wrong length")
         if not stream or stream > self._last_stream:
             raise ProtocolError(frames.PROTOCOL_ERROR, "a reset before headers")
-        self._spend(1)
+        self.spend(1)
         call = self.open.pop(stream, None)
         if call is not None:
             call.give_up()
@@ -279,15 +290,17 @@ class Connection(asyncio.Protocol):
             raise ProtocolError(frames.PROTOCOL_ERROR, "SETTINGS of a stream")
         if flags & frames.ACK:
             return
-        self._spend(1)
-        for name, value in frames.read_settings(payload):
+        self.spend(1 + len(self.open) / 100)  # each has to be gone through
+        for name, value in dict(frames.read_settings(payload)).items():
             if name == frames.INITIAL_WINDOW_SIZE:
-                for call in self.open.values():
-                    call.widen(value - self._initial_window)
+                if not all(call.widen(value - self._initial_window) for call in self.open.values()):
+                    raise ProtocolError(frames.FLOW_CONTROL_ERROR, "a window that is too large")
                 self._initial_window = value
+                for call in list(self.open.values()):
+                    self.send_all_of(call)
             elif name == frames.MAX_FRAME_SIZE:
                 self.largest_frame = min(value, FRAME_BYTES)
-        self._reply(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
         self.send_waiting()
 
     def _on_push(self, stream: int, flags: int, payload: bytes) -> None:
@@ -297,29 +310,34 @@ class Connection(asyncio.Protocol):
         if stream or len(payload) != 8:
             raise ProtocolError(frames.PROTOCOL_ERROR, "a PING that can't be")
         if not flags & frames.ACK:
-            self._spend(1)
-            self._reply(frames.frame(frames.PING, frames.ACK, 0, payload))
+            self.spend(1)
+            self.send(frames.frame(frames.PING, frames.ACK, 0, payload))
         elif payload == _DRAIN_PING and self._draining:
             self._refuse()
 
     def _on_window(self, stream: int, flags: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise ProtocolError(frames.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong length")
+        self.spend(0.5)
         size = int.from_bytes(payload, "big") & frames.MAX_WINDOW
-        if not size:
-            raise ProtocolError(frames.PROTOCOL_ERROR, "a window that does not grow")
         if not stream:
             self.send_window += size
+            if not size:
+                raise ProtocolError(frames.PROTOCOL_ERROR, "a window that does not grow")
             if self.send_window > frames.MAX_WINDOW:
                 raise ProtocolError(frames.FLOW_CONTROL_ERROR, "a window that is too large")
             self.send_waiting()
         elif (call := self.open.get(stream)) is not None:
-            call.widen(size)
-            self.send_waiting()
+            if not size:
+                call.reset(frames.PROTOCOL_ERROR)
+            elif not call.widen(size):
+                call.reset(frames.FLOW_CONTROL_ERROR)
+            else:
+                self.send_all_of(call)
         elif stream > self._last_stream:
             raise ProtocolError(frames.PROTOCOL_ERROR, "a window before headers")
 
-    def _spend(self, cost: float) -> None:
+    def spend(self, cost: float) -> None:
         """Counts what a peer asks for; one that asks for too much of what brings no answer has to go."""
         self._calm -= cost
         if self._calm < 0:
@@ -333,10 +351,14 @@ class Connection(asyncio.Protocol):
 
     def send(self, data: bytes | memoryview) -> None:
         """Sends frames, together with others of this turn of the event loop."""
+        if self._ended:
+            return
         self._out.append(data)
         self._out_bytes += len(data)
         if self._out_bytes >= _FLUSHED_BYTES:
             self._flush()  # which says when there are too many
+            if self._paused and self.unsent_bytes > _UNREAD_BYTES:
+                self.abort()
         elif not self._flushing:
             self._flushing = True
             self.loop.call_soon(self._flush_turn)
@@ -346,16 +368,9 @@ class Connection(asyncio.Protocol):
         self._flush()
 
     def _flush(self) -> None:
-        if self._out and self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines(self._out)
-        self._out = []
-        self._out_bytes = 0
-
-    def _reply(self, data: bytes) -> None:
-        if self._paused and self.unsent_bytes > _REPLIES_BYTES:
-            self.abort()
-        else:
-            self.send(data)
+        out, self._out, self._out_bytes = self._out, [], 0  # first: to write may call resume_writing
+        if out and self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(out)
 
     @property
     def unsent_bytes(self) -> int:
@@ -365,27 +380,32 @@ class Connection(asyncio.Protocol):
     @property
     def takes_data(self) -> bool:
         """Whether data may be sent at all."""
-        return self.send_window > 0 and not self._paused
+        return self.send_window > 0 and not self._paused and not self._ended
 
-    def wait(self, call: ServerCall) -> None:
-        """Has a call go on sending once it can."""
-        self._waiting[call] = None
+    def sent_data(self) -> None:
+        """Takes note that a frame of an answer has gone out."""
+        self._calm = min(_CALM, self._calm + _CALM_FOR_DATA)
+
+    def send_all_of(self, call: ServerCall) -> None:
+        """Lets a call send what it has, now or once there is room for it."""
+        if call.may_send:
+            self._waiting.setdefault(call)
+            self.send_waiting()
 
     def send_waiting(self) -> None:
         """Lets those that wait send a frame each, in turns, while there is room."""
         while self._waiting and self.takes_data:
-            for call in list(self._waiting):
-                if not self.takes_data:
-                    return
-                call.send_some()
-                if not call.may_send:
-                    self._waiting.pop(call, None)
+            call = next(iter(self._waiting))
+            del self._waiting[call]
+            call.send_some()
+            if call.may_send:
+                self._waiting[call] = None
 
     def forget(self, call: ServerCall) -> None:
         """Lets go of a call that has ended, or that can't be answered any more."""
         self.open.pop(call.stream, None)
         self._waiting.pop(call, None)
-        if self._refusing and not self.open:
+        if self.refusing.done() and not self.open:
             self.end(frames.NO_ERROR, "")
 
     def count_unfinished(self, change: int) -> None:
@@ -422,8 +442,8 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self) -> None:
         """Takes no more calls, and closes the connection once those that it has are answered."""
-        if not self._refusing and not self._ended:
-            self._refusing = True
+        if not self.refusing.done() and not self._ended:
+            self.refusing.set_result(None)
             self.send(frames.goaway(self._last_stream, frames.NO_ERROR))
             if not self.open:
                 self.end(frames.NO_ERROR, "")
@@ -432,16 +452,29 @@ class Connection(asyncio.Protocol):
         """Closes the connection once what was sent has gone out."""
         if self._ended or self._transport is None:
             return
-        self._ended = True
         self._out.append(frames.goaway(self._last_stream, code, text))
         self._flush()
-        self._transport.close()
+        self._ended = True
+        for call in list(self.open.values()):
+            call.give_up()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_CLOSING_S, self.abort)
+        if code == frames.NO_ERROR and self._transport.can_write_eof():
+            self._transport.write_eof()  # closed at once it would cut off what its peer has not read yet
+        else:
+            self._transport.close()
 
     def abort(self) -> None:
         """Closes the connection at once."""
         self._ended = True
         if self._transport is not None:
             self._transport.abort()
+
+
+def _check_size(block: bytes | bytearray) -> None:
+    if len(block) > headers.MAX_BLOCK_BYTES:
+        raise ProtocolError(frames.ENHANCE_YOUR_CALM, "headers that are too large")
 
 
 def _unpadded(flags: int, payload: bytes) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     import grpc
 
 MAX_LIST_BYTES = 16 * 1024
-"""The largest list of headers that is taken."""
+"""The largest list of headers that a call may have, counted as HTTP/2 does."""
 MAX_BLOCK_BYTES = 64 * 1024
 """The most that its frames may have together."""
 
+_READ_BYTES = 256 * 1024
+"""The largest list that is read at all: beyond that the connection ends, and not the call alone."""
+_HEADER_BYTES = 32
+"""What each header counts besides its name and value."""
 _KNOWN_BLOCKS = 64
+_KNOWN_BYTES = 2048
+"""The largest block that is kept."""
 _CONTENT_TYPE = re.compile(rb"application/grpc([+;].*)?")
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -38,6 +44,8 @@ class RequestHead:
     """What the caller is answered with in HTTP, if this is no gRPC."""
     malformed: str = ""
     """What is wrong with a header of gRPC's."""
+    too_large: bool = False
+    """Whether there is more of them than is taken."""
     encoding: str = "identity"
     """How the caller compresses messages."""
 
@@ -60,7 +68,7 @@ class HeaderReader:
     """
 
     def __init__(self) -> None:
-        self._decoder = Decoder(max_header_list_size=MAX_LIST_BYTES)
+        self._decoder = Decoder(max_header_list_size=_READ_BYTES)
         self._table = _Table()
         self._decoder.header_table = self._table
         self._known: dict[bytes, RequestHead] = {}
@@ -84,15 +92,17 @@ class HeaderReader:
             headers = self._decoder.decode(block, raw=True)
         except HPACKError as error:
             raise ProtocolError(COMPRESSION_ERROR, f"headers that can't be read: {type(error).__name__}") from error
-        found = _request_head(headers)
+        found = _request_head(list(headers))
         if self._state != before:
             self._known.clear()
-        elif len(self._known) < _KNOWN_BLOCKS:
+        elif len(self._known) < _KNOWN_BLOCKS and len(block) <= _KNOWN_BYTES:
             self._known[block] = found
         return found
 
 
-def _request_head(headers: Iterable[tuple[bytes, bytes]]) -> RequestHead:
+def _request_head(headers: Collection[tuple[bytes, bytes]]) -> RequestHead:
+    if sum(len(name) + len(value) + _HEADER_BYTES for name, value in headers) > MAX_LIST_BYTES:
+        return RequestHead("", too_large=True)
     values = dict(headers)
     if values.get(b":method") != b"POST":
         return RequestHead("", http_status=405)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import inspect
 import logging
@@ -22,8 +23,12 @@ _log = logging.getLogger(__name__)
 _aio: Any = grpc.aio
 
 _BACKLOG = 1024
+_LAST_CALLS_S = 0.25
+"""How long peers may take to hear that they shall make no more calls here."""
+_OTHERS_STALL_S = 5.0
+"""How long answers may wait that are small, and while which the health service has everybody else wait."""
 _CLOSING_S = 1.0
-"""How long peers may take to read what is left for them when the server ends."""
+"""How long they may take to read what is left for them when the server ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +41,17 @@ class Limits:
     """The most calls at once; more get RESOURCE_EXHAUSTED."""
     max_streams_per_connection: int = 1024
     """The most calls at once on one connection; its peer makes others wait."""
+    stall_s: float = 60.0
+    """How long an answer may wait for its caller to read, in seconds."""
     keepalive_s: float = 10.0
     """After how long a silent peer is asked whether it is there, in seconds."""
     keepalive_timeout_s: float = 5.0
     """How long it may take to say so, in seconds."""
     reuse_port: bool = False
     """Whether several servers may share a port."""
+    endless: frozenset[str] = frozenset()
+    """Methods whose calls end when their callers want, such as ``/grpc.health.v1.Health/Watch``: ``GrpcServer.stop``
+    does not wait for them."""
 
 
 class _Details(NamedTuple):
@@ -63,12 +73,15 @@ class GrpcServer:
         self.keepalive_timeout_s = limits.keepalive_timeout_s
         self.max_streams = limits.max_streams_per_connection
         self.max_message_bytes = limits.max_message_bytes
+        self.stall_s = limits.stall_s
         self._limits = limits
         self._handlers: list[Any] = []
         self._methods: dict[str, Any] = {}
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
-        self._calls: dict[ServerCall, None] = {}
+        self._calls: dict[ServerCall, bool] = {}
+        """Whether ``stop`` waits for it, by call."""
+        self._awaited = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -158,12 +171,12 @@ class GrpcServer:
             grace_s: how long calls may take to end, in seconds; those that take longer get UNAVAILABLE.
         """
         self.drain()
-        if self._calls and grace_s > 0:
-            try:
-                async with asyncio.timeout(grace_s):
-                    await self._idle.wait()
-            except TimeoutError:
-                pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                heard = [connection.refusing for connection in self.connections]
+                if heard:
+                    await asyncio.wait(heard, timeout=_LAST_CALLS_S)
+                await self._idle.wait()
         for call in list(self._calls):
             call.fail(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
         closed = [connection.closed for connection in self.connections]
@@ -183,7 +196,9 @@ class GrpcServer:
             call.refuse(head.http_status)
             return
         method = self._methods.get(head.path) or self._find(head.path)
-        if method is None:
+        if head.too_large:
+            call.fail(code.RESOURCE_EXHAUSTED, "the headers are too large")
+        elif method is None:
             call.fail(code.UNIMPLEMENTED, "Method not found!")
         elif head.malformed:
             call.fail(code.INVALID_ARGUMENT, head.malformed)
@@ -193,8 +208,10 @@ class GrpcServer:
         elif len(self._calls) >= self._limits.max_concurrent_calls:
             call.fail(code.RESOURCE_EXHAUSTED, f"{len(self._calls)} calls are under way, which is the most")
         else:
-            self._calls[call] = None
-            self._idle.clear()
+            self._calls[call] = awaited = head.path not in self._limits.endless
+            if awaited:
+                self._awaited += 1
+                self._idle.clear()
             call.add_done_callback(self._on_end)
             if head.timeout_s is not None:
                 call.expire_in(head.timeout_s)
@@ -218,8 +235,8 @@ class GrpcServer:
             call.task.add_done_callback(lambda _: self._let_go(call))
 
     def _let_go(self, call: ServerCall) -> None:
-        self._calls.pop(call, None)
-        if not self._calls:
+        self._awaited -= self._calls.pop(call)
+        if not self._awaited:
             self._idle.set()
 
     def _begin_unary(self, call: ServerCall, method: Any) -> None:
@@ -268,8 +285,9 @@ class GrpcServer:
         context: Any = call if method.response_serializer is None else _Serializing(call, method)
         answers = handler(request, context)
         if inspect.isasyncgen(answers):
-            async for answer in answers:
-                await context.write(answer)
+            async with contextlib.aclosing(answers):
+                async for answer in answers:
+                    await context.write(answer)
         else:
             await answers
         call.end()
@@ -284,7 +302,7 @@ class _Serializing:
 
     async def write(self, message: Any) -> None:
         """Sends a message."""
-        await self._call.write(_serialized(self._method, message))
+        await self._call.write(_serialized(self._method, message), stall_s=_OTHERS_STALL_S)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)

@@ -6,12 +6,9 @@ of its own fails, and in a stream it would end all of it.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
 from typing import Any
 
 from modelport_server.batching.calls import Answer, Call
-from modelport_server.errors import NotAvailableError
 from modelport_server.once import Signal
 from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
@@ -37,10 +34,6 @@ class PredictionService:
         self._router = router
         self._options = options
         self._drain = Signal()
-        self._refusing = False
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def handlers(self) -> Any:
         """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
@@ -52,30 +45,10 @@ class PredictionService:
         """Asks the callers of all streams to go elsewhere."""
         self._drain.set()
 
-    def refuse(self) -> None:
-        """Turns away whatever is new from now on."""
-        self._refusing = True
-
-    async def wait_idle(self) -> None:
-        """Returns when no call and no stream is under way."""
-        await self._idle.wait()
-
-    async def _counted(self, context: Context, work: Awaitable[bytes | None]) -> bytes | None:
-        self._in_flight += 1
-        self._idle.clear()
-        context.add_done_callback(self._on_call_ended)  # not when the handler returns: its answer is not sent then
-        return await guarded(context, work)
-
-    def _on_call_ended(self, _: object) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
-
     async def _predict(self, raw: bytes, context: Context) -> bytes | None:
-        return await self._counted(context, self._answer(raw, context))
+        return await guarded(context, self._answer(raw, context))
 
     async def _answer(self, raw: bytes, context: Context) -> bytes:
-        self._check_open()
         request = to_request(parse_predict(raw), len(raw))
         servable = self._router.resolve(
             request.model, version=request.version, alias=request.alias, key=request.routing_key
@@ -85,21 +58,15 @@ class PredictionService:
         return packed(response, self._options.max_message_bytes)
 
     async def _predict_stream(self, _: object, context: Context) -> None:
-        await self._counted(context, self._serve_stream(context))
+        await guarded(context, self._serve_stream(context))
 
     async def _serve_stream(self, context: Context) -> None:
-        self._check_open()
         await PredictStream(self._router, self._options, self._drain, context).serve()
 
-    def _check_open(self) -> None:
-        if self._refusing:
-            raise NotAvailableError("the server is stopping")
-
     async def _predict_many(self, raw: bytes, context: Context) -> None:
-        await self._counted(context, self._serve_many(raw, context))
+        await guarded(context, self._serve_many(raw, context))
 
     async def _serve_many(self, raw: bytes, context: Context) -> None:
-        self._check_open()
         await PredictMany(self._router, self._options, context).serve(raw)
 
 
