@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import figures, machine, models
+from bench.stage import say
 from modelport.names import DEFAULT_SIGNATURE
 from modelport_registry import Golden, Registry
 from modelport_server.engines.int8 import samples_of
 from modelport_server.engines.kinds import PRECISIONS
 from modelport_server.engines.openvino_engine import OpenVINOEngine, import_openvino
 from modelport_server.engines.parallel import Parallelism
+from modelport_server.engines.protocol import EngineError
 
 SIZES = (1, 32, 128)
 _UNCOUNTED, _ROUNDS = 3, 15
@@ -63,8 +65,12 @@ def measure(path: Path, example: Golden, rounds: int) -> list[dict[str, Any]]:
     for precision in PRECISIONS:
         began = time.perf_counter()
         samples = samples_of([example], [example.signature])
-        engine = OpenVINOEngine(parallelism=Parallelism(1, 1), precision=precision, samples=samples)
-        engine.load(path, [example.signature])
+        try:
+            engine = OpenVINOEngine(parallelism=Parallelism(1, 1), precision=precision, samples=samples)
+            engine.load(path, [example.signature])
+        except EngineError as error:
+            say(f"{precision} is left out: {error}")
+            continue
         row: dict[str, Any] = {"precision": precision, "load_s": round(time.perf_counter() - began, 2)}
         rows.append(row | _differences(example, engine.run(example.signature, example.inputs)))
         engines[precision] = engine

@@ -95,7 +95,7 @@ def test_accurate(tmp_path: Path) -> None:
 
 def test_precisions(tmp_path: Path) -> None:
     found = {row["precision"]: row for row in document("precisions", tmp_path)["precisions"]}
-    assert tuple(found) == PRECISIONS
+    assert {"float32", "int8"} <= found.keys() <= set(PRECISIONS)  # others are left out where a processor has none
     assert all(row["load_s"] > 0 and row["ms_1"] < row["ms_128"] for row in found.values())
     assert found["float32"]["largest_difference"] < 1e-6 < 1e-5 < found["int8"]["largest_difference"] < 0.1
 

@@ -152,7 +152,7 @@ def test_a_server_that_cant_listen_leaves_nothing(registry: Registry, tmp_path: 
     [
         ("nowhere.invalid:8500", "Name or service not known"),
         ("192.0.2.1:8500", "Cannot assign requested address"),
-        ("unix:/nowhere/x.sock", "there is no such folder"),
+        ("unix:/nowhere/x.sock", "No such file or directory"),
     ],
 )
 def test_why_it_cant_listen(tmp_path: Path, address: str, why: str) -> None:
