@@ -75,6 +75,11 @@ class Echo:
         self.begun += 1
         return bytes(int(message))
 
+    def taskless(self, message: bytes, context: ServerCall) -> None:
+        self.contexts.append(context)
+        if message == b"raise":
+            raise ValueError("secret")
+
     async def lengthy(self, message: bytes, context: ServerCall) -> None:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no " * 300)
 
@@ -95,6 +100,7 @@ class Echo:
             "Unread": api.stream_stream_rpc_method_handler(self.unread),
             "Late": api.unary_stream_rpc_method_handler(self.late),
             "Sized": api.unary_unary_rpc_method_handler(self.sized),
+            "Taskless": api.unary_unary_rpc_method_handler(self.taskless),
             "Lengthy": api.unary_unary_rpc_method_handler(self.lengthy),
             "Refuse": api.unary_unary_rpc_method_handler(self.refuse),
             "Fail": api.unary_unary_rpc_method_handler(self.fail),
@@ -184,6 +190,26 @@ async def test_padding_priority_and_continued_headers() -> None:
         client.send(frames.frame(0xBE, 0xFF, 7, b"of a kind that nobody knows"))
         client.data(1, prefixed(b"padded")[4:], ended=True)
         assert (await client.answer(1)).messages == [b"padded"]
+
+
+async def test_a_handler_without_a_task_ends_its_call_when_it_likes(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as (port, echo, server), raw_client(port) as client:
+        for stream in (1, 3, 5, 7):
+            client.call(stream, "/test.Echo/Taskless")
+            client.message(stream, b"raise" if stream == 7 else b"x")
+        found = await client.answer(7)
+        assert (found.status, "secret" in caplog.text) == (13, True)
+        assert server.calls_under_way == 3
+        echo.contexts[1].fail(grpc.StatusCode.NOT_FOUND, "gone")
+        echo.contexts[0].answer(b"one")
+        client.send(frames.reset(5, frames.CANCEL))
+        assert (await client.answer(3)).status == 5
+        assert (await client.answer(1)).messages == [b"one"]
+        await eventually(lambda: not server.calls_under_way)
+        echo.contexts[2].answer(b"too late")
+        echo.contexts[0].fail(grpc.StatusCode.NOT_FOUND, "too late")
+        assert await client.echo(9, b"on it goes") == b"on it goes"
+        assert client.streams[5].data == b""
 
 
 async def test_trailers_of_a_caller_end_its_side() -> None:

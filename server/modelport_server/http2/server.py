@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -77,6 +78,8 @@ class GrpcServer:
         self._limits = limits
         self._handlers: list[Any] = []
         self._methods: dict[str, Any] = {}
+        self._taskless: set[str] = set()
+        """Methods whose calls are ended by what their handlers do, without a task."""
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._calls: dict[ServerCall, bool] = {}
@@ -218,13 +221,15 @@ class GrpcServer:
             if method.request_streaming:
                 self._run(call, method, _requests(call, method.request_deserializer))
             else:
-                call.when_complete(lambda call: self._begin_unary(call, method))
+                call.when_complete(partial(self._begin_unary, method, head.path in self._taskless))
 
     def _find(self, path: str) -> Any:
         details = _Details(path)
         for handler in self._handlers:
             if (method := handler.service(details)) is not None:
                 self._methods[path] = method
+                if method.unary_unary is not None and not inspect.iscoroutinefunction(method.unary_unary):
+                    self._taskless.add(path)
                 return method
         return None
 
@@ -239,7 +244,7 @@ class GrpcServer:
         if not self._awaited:
             self._idle.set()
 
-    def _begin_unary(self, call: ServerCall, method: Any) -> None:
+    def _begin_unary(self, method: Any, taskless: bool, call: ServerCall) -> None:
         messages = call.take_all()
         if len(messages) != 1:
             call.fail(grpc.StatusCode.INTERNAL, f"the call has {len(messages)} messages; one is wanted")
@@ -251,7 +256,13 @@ class GrpcServer:
             except Exception:
                 call.fail(grpc.StatusCode.INVALID_ARGUMENT, "the message can't be read")
                 return
-        self._run(call, method, request)
+        if taskless:
+            try:
+                method.unary_unary(request, call)
+            except Exception:
+                self._on_error(call)
+        else:
+            self._run(call, method, request)
 
     def _run(self, call: ServerCall, method: Any, request: Any) -> None:
         call.task = asyncio.get_running_loop().create_task(self._handle(call, method, request))
@@ -268,9 +279,12 @@ class GrpcServer:
         except asyncio.CancelledError:
             call.fail(grpc.StatusCode.CANCELLED, "the call was cancelled")
         except Exception:
-            if not call.ended:
-                _log.exception("a handler failed")
-                call.fail(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+            self._on_error(call)
+
+    def _on_error(self, call: ServerCall) -> None:
+        if not call.ended:
+            _log.exception("a handler failed")
+            call.fail(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
 
     async def _answer(self, call: ServerCall, method: Any, request: Any) -> None:
         handler = method.stream_unary if method.request_streaming else method.unary_unary

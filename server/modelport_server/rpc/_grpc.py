@@ -25,6 +25,14 @@ class Context(Protocol):
         """Sends a message; returns what is done once it is on its way, or None if it is already."""
         ...
 
+    def answer(self, message: bytes) -> None:
+        """Sends the only message and ends the call well, if it has not ended."""
+        ...
+
+    def fail(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        """Ends the call with a status, if it has not ended."""
+        ...
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> Any:
         """Ends the call with a status; never returns."""
         ...
@@ -55,7 +63,10 @@ def generic_handler(
     streams: Mapping[str, Any] = MappingProxyType({}),
     answer_streams: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Returns a handler of raw bytes for methods that are unary, stream both ways, or stream answers alone."""
+    """Returns a handler of raw bytes for methods that are unary, stream both ways, or stream answers alone.
+
+    A unary method that is no coroutine function ends its call by ``Context.answer`` or ``Context.fail``, now or later.
+    """
     api: Any = grpc
     methods = {name: api.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
     methods |= {name: api.stream_stream_rpc_method_handler(method) for name, method in streams.items()}

@@ -6,16 +6,19 @@ of its own fails, and in a stream it would end all of it.
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any
 
-from modelport_server.batching.calls import Answer, Call
+from modelport_server.batching.calls import Answer
+from modelport_server.errors import TooLargeError
 from modelport_server.once import Signal
 from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
 from modelport_server.rpc._grpc import Context, deadline_of, generic_handler
 from modelport_server.rpc.codec import Request, packed, parse_predict, to_request, to_response
 from modelport_server.rpc.many import PredictMany
-from modelport_server.rpc.status import guarded
+from modelport_server.rpc.status import fail, guarded
 from modelport_server.rpc.streams import PredictStream
 from modelport_server.servable import Servable
 
@@ -45,17 +48,41 @@ class PredictionService:
         """Asks the callers of all streams to go elsewhere."""
         self._drain.set()
 
-    async def _predict(self, raw: bytes, context: Context) -> bytes | None:
-        return await guarded(context, self._answer(raw, context))
+    def _predict(self, raw: bytes, context: Context) -> None:
+        """Begins a call. No task is made for it: what ends its future ends it, and the other way round."""
+        servable: Servable | None = None
+        try:
+            request = to_request(parse_predict(raw), len(raw))
+            servable = self._router.resolve(
+                request.model, version=request.version, alias=request.alias, key=request.routing_key
+            )
+            servable.acquire()
+            call = servable.prepare(request.signature, request.inputs, request.outputs, deadline_of(context))
+            call.movable = request.version is None and request.alias is None
+            servable.submit(call)
+        except Exception as error:  # status_of logs what it does not know
+            if servable is not None:
+                servable.release()
+            fail(context, error)
+            return
+        call.future.add_done_callback(partial(self._on_answer, request, servable, context))
+        context.add_done_callback(partial(_give_up, call.future))
 
-    async def _answer(self, raw: bytes, context: Context) -> bytes:
-        request = to_request(parse_predict(raw), len(raw))
-        servable = self._router.resolve(
-            request.model, version=request.version, alias=request.alias, key=request.routing_key
-        )
-        answer = await _run(servable, request, deadline_of(context))
-        response = to_response(request.model, answer, request.outputs, request.sequence)
-        return packed(response, self._options.max_message_bytes)
+    def _on_answer(
+        self, request: Request, servable: Servable, context: Context, future: asyncio.Future[Answer]
+    ) -> None:
+        servable.release()
+        if future.cancelled():
+            return  # its caller has given it up
+        error = future.exception()
+        if error is None:
+            response = to_response(request.model, future.result(), request.outputs, request.sequence)
+            try:
+                context.answer(packed(response, self._options.max_message_bytes))
+            except TooLargeError as too_large:
+                error = too_large
+        if error is not None:
+            fail(context, error)
 
     async def _predict_stream(self, _: object, context: Context) -> None:
         await guarded(context, self._serve_stream(context))
@@ -70,13 +97,6 @@ class PredictionService:
         await PredictMany(self._router, self._options, context).serve(raw)
 
 
-async def _run(servable: Servable, request: Request, deadline: float) -> Answer:
-    """Runs a call and returns its answer; cancelling it takes it out of the queue."""
-    servable.acquire()
-    try:
-        call: Call = servable.prepare(request.signature, request.inputs, request.outputs, deadline)
-        call.movable = request.version is None and request.alias is None
-        servable.submit(call)
-        return await call.future
-    finally:
-        servable.release()
+def _give_up(future: asyncio.Future[Answer], _: object) -> None:
+    """Takes a call out of its queue whose caller is gone, or has its answer."""
+    future.cancel()

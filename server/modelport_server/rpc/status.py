@@ -87,6 +87,10 @@ def _cut(text: str) -> str:
     return text.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
 
 
+def _metadata(status: Status) -> tuple[tuple[str, str], ...]:
+    return (("grpc-retry-pushback-ms", str(status.retry_after_ms)),) if status.retry_after_ms else ()
+
+
 async def guarded(context: Context, work: Awaitable[bytes | None]) -> bytes | None:
     """Returns what ``work`` comes to; an error of it ends the call with its status."""
     try:
@@ -100,9 +104,14 @@ async def guarded(context: Context, work: Awaitable[bytes | None]) -> bytes | No
         await abort(context, error)
 
 
+def fail(context: Context, error: BaseException) -> None:
+    """Ends a call with the status for ``error``."""
+    status = status_of(error)
+    context.fail(status.code, status.message, _metadata(status))
+
+
 async def abort(context: Context, error: BaseException) -> NoReturn:
     """Ends a unary call with the status for ``error``; raises, so it never returns."""
     status = status_of(error)
-    metadata = (("grpc-retry-pushback-ms", str(status.retry_after_ms)),) if status.retry_after_ms else ()
-    await context.abort(status.code, status.message, trailing_metadata=metadata)
+    await context.abort(status.code, status.message, trailing_metadata=_metadata(status))
     raise AssertionError("abort raises")
