@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -158,18 +157,18 @@ class Server:
         _log.info("stopping: not serving, new calls are taken for another %g s", options.lame_duck_s)
         limit_s = options.lame_duck_s + options.grace_s + _HARD_EXIT_S
         _exit_after(limit_s)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TELL_S):  # it waits for each who watches
-                await self._health.shut_down()
+        telling = asyncio.get_running_loop().create_task(self._health.shut_down())
+        self._tasks.append(telling)
+        await asyncio.wait({telling}, timeout=_TELL_S)  # it waits for each who watches, and goes on
         await asyncio.sleep(options.lame_duck_s)
         self._models.drain()
         self._rollouts.drain()
         self._prediction.drain()
-        await self._grpc.stop(options.grace_s)
+        await self._grpc.finish(options.grace_s)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._manager.stop()
+        await asyncio.gather(self._grpc.close(), self._manager.stop())
         _log.info("stopped")
 
 

@@ -33,6 +33,7 @@ class Echo:
         self.begun = 0
         self.cancelled = 0
         self.contexts: list[ServerCall] = []
+        self.remaining_s: float | None = None
         self.release = asyncio.Event()
         self.read = asyncio.Event()
 
@@ -51,6 +52,7 @@ class Echo:
     async def hang(self, message: bytes, context: ServerCall) -> bytes:
         self.begun += 1
         self.contexts.append(context)
+        self.remaining_s = context.time_remaining()
         try:
             await self.release.wait()
         except asyncio.CancelledError:
@@ -511,7 +513,9 @@ async def test_a_peer_that_reads_nothing_holds_answers_back() -> None:
         client.message(1, bytes(100 * KIB))
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         one = await _connection(server)
-        await asyncio.sleep(0.3)
+        await eventually(lambda: one.unsent_bytes > 200 * KIB)
+        for _ in range(20):
+            await asyncio.sleep(0)
         assert one.unsent_bytes < 1 << 20  # of a hundred times as much
         client.writer.transport.abort()
         await one.closed
@@ -552,12 +556,11 @@ async def test_who_is_gone_cancels_its_calls() -> None:
 
 async def test_a_handler_is_cancelled_at_the_deadline() -> None:
     async with serving() as (port, echo, _), raw_client(port) as client:
-        client.call(1, HANG, grpc_timeout="50m")
+        client.call(1, HANG, grpc_timeout="500m")
         client.message(1, b"x")
         await eventually(lambda: echo.begun)
-        remaining_s = echo.contexts[0].time_remaining()
-        assert remaining_s is not None
-        assert 0 < remaining_s <= 0.05
+        assert echo.remaining_s is not None
+        assert 0 < echo.remaining_s <= 0.5
         assert (await client.answer(1)).status == 4
         await eventually(lambda: echo.cancelled)
 
@@ -576,13 +579,15 @@ async def test_draining_answers_what_has_come_and_what_is_on_its_way() -> None:
         client.send(frames.frame(frames.PING, frames.ACK, 0, ping.payload))
         second = await client.until(frames.GOAWAY)
         assert (int.from_bytes(second.payload[:4], "big"), second.code) == (3, frames.NO_ERROR)
+        # What is refused later does not change that.
         client.call(5, HANG)
         assert (await client.answer(5)).reset == frames.REFUSED_STREAM
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", port)
         echo.release.set()
         assert (await client.answer(1)).status == 0
-        await client.rest()
+        rest = await client.rest()
+        assert [int.from_bytes(one.payload[:4], "big") for one in rest if one.kind == frames.GOAWAY] == [3]
         await stopping
 
 
@@ -606,11 +611,12 @@ async def test_the_last_answers_are_not_cut_off_by_what_is_still_asked() -> None
         client.call(1, "/test.Echo/Sized")
         client.message(1, b"%d" % size)
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        one = await _connection(server)
         await eventually(lambda: echo.begun)
         stopping = asyncio.create_task(server.stop(30.0))
         for number in range(200):
             client.send(frames.frame(frames.PING, 0, 0, number.to_bytes(8, "big")))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: one.draining)
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert (await client.answer(1)).messages == [bytes(size)]
         await client.rest()
@@ -707,7 +713,7 @@ async def test_what_is_no_http2_is_hung_up_on(greeting: bytes) -> None:
     async with serving() as (port, _, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(greeting)
-        await reader.read()
+        assert frames.goaway(0, frames.PROTOCOL_ERROR, "this is no HTTP/2") in await reader.read()
         writer.close()
 
 
@@ -748,7 +754,7 @@ def _empty_data(client: RawClient, number: int) -> None:
 
 @pytest.mark.parametrize("send", [_reset_at_once, _headers_for_ever, _pings, _settings, _empty_data])
 async def test_who_asks_for_much_and_wants_nothing_is_hung_up_on(send: Callable[[RawClient, int], None]) -> None:
-    async with serving() as (port, echo, server), raw_client(port) as client:
+    async with serving() as (port, _, server), raw_client(port) as client:
         one = await _connection(server)
         sent = 0
         while not one.closed.done():
@@ -758,10 +764,9 @@ async def test_who_asks_for_much_and_wants_nothing_is_hung_up_on(send: Callable[
                 sent += 1
             await asyncio.sleep(0.001)
         await client.rest()
-        assert echo.begun <= sent
         async with raw_client(port) as other:
             assert await other.echo(1, b"on it goes") == b"on it goes"
-        assert not server.calls_under_way
+        await eventually(lambda: not server.calls_under_way)
 
 
 async def test_who_gets_answers_may_ask_for_much() -> None:
@@ -801,7 +806,7 @@ async def _connection(server: GrpcServer) -> connection.Connection:
 
 
 async def test_a_silent_peer_is_asked_and_left() -> None:
-    async with serving(keepalive_s=0.05, keepalive_timeout_s=0.05) as (port, _, _), raw_client(port) as client:
+    async with serving(keepalive_s=0.05, keepalive_timeout_s=1.0) as (port, _, _), raw_client(port) as client:
         for _ in range(3):
             ping = await client.until(frames.PING)
             client.send(frames.frame(frames.PING, frames.ACK, 0, ping.payload))
@@ -821,6 +826,7 @@ async def test_it_listens_on_each_kind_of_address(tmp_path: Path) -> None:
         async with insecure_channel(target) as channel:
             assert await channel.unary_unary(ECHO)(b"hello") == b"hello"
         await server.stop()
+        assert not (tmp_path / "socket").exists()
 
 
 async def test_a_port_is_had_once_or_shared() -> None:

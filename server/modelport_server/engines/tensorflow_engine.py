@@ -47,7 +47,9 @@ class TensorFlowEngine:
         self._precision = precision
         if precision == BFLOAT16:
             if not _BFLOAT16_FLAGS & _processor_flags():
-                raise EngineError("TensorFlow does not compute in bfloat16 on this processor, which has no AMX")
+                raise EngineError(
+                    "TensorFlow does not compute in bfloat16 on this processor, which has no AMX or the like"
+                )
             # Read with the first operation: https://oneapi-src.github.io/oneDNN/group_dnnl_api_fpmath_mode.html
             os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = "BF16"
         self._tf = import_tensorflow()

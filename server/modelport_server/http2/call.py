@@ -57,6 +57,7 @@ class ServerCall:
         "_send_window",
         "_sent",
         "_stall",
+        "_stall_s",
         "_timer",
         "_trailers",
         "_writers",
@@ -93,6 +94,7 @@ class ServerCall:
         self._ended = False
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._stall_s = math.inf
         self._callbacks: list[Callable[[Any], None]] = []
 
     # What comes.
@@ -185,7 +187,11 @@ class ServerCall:
         return messages
 
     async def read(self) -> Any:
-        """Returns the next message, or ``END_OF_STREAM``."""
+        """Returns the next message, or ``END_OF_STREAM``.
+
+        Raises:
+            asyncio.CancelledError: if the call has ended, before or meanwhile.
+        """
         while not self._messages:
             if self._ended:
                 raise asyncio.CancelledError
@@ -291,6 +297,9 @@ class ServerCall:
                 sent.set_result(None)
         if not self._outgoing and self._trailers:
             self._finish(self._trailers)
+        elif self._outgoing and self._stall is not None:  # it does read, if slowly
+            self._unlimit()
+            self._limit(self._stall_s)
 
     def widen(self, size: int) -> bool:
         """Takes note that the caller takes so many more bytes; fewer, if it is negative. Returns whether it may."""
@@ -364,16 +373,16 @@ class ServerCall:
     def _limit(self, stall_s: float = math.inf) -> None:
         """Ends the call if what is to be sent has to wait for too long."""
         if self._stall is None:
-            stall_s = min(stall_s, self._connection.calls.stall_s)
-            self._stall = self._connection.loop.call_later(stall_s, self._on_stall, stall_s)
+            self._stall_s = min(stall_s, self._connection.calls.stall_s)
+            self._stall = self._connection.loop.call_later(self._stall_s, self._on_stall)
 
     def _unlimit(self) -> None:
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
 
-    def _on_stall(self, stall_s: float) -> None:
-        self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"answers were not read for {stall_s:g} s")
+    def _on_stall(self) -> None:
+        self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, f"answers were not read for {self._stall_s:g} s")
 
     def reset(self, code: int) -> None:
         """Ends the call without a status."""

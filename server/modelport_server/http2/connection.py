@@ -30,6 +30,8 @@ _CALM_PER_S = 2_000.0
 """And how often in a second for long."""
 _CALM_FOR_DATA = 2.0
 """How much of that each frame of an answer gives back: its caller may ask for a sign of life, and gives room again."""
+_RESET_COST = 3.0
+"""How much of it a call costs that is given up."""
 _CLOSING_S = 1.0
 """How long a peer may take to read the rest once a connection is at its end."""
 _DRAIN_PING = b"draining"
@@ -46,7 +48,7 @@ class Calls(Protocol):
     max_streams: int
     """How many calls a connection may have at once."""
     max_message_bytes: int
-    """The largest message, either way."""
+    """The largest message that is taken."""
     stall_s: float
     """How long an answer may wait for its caller to read, in seconds."""
 
@@ -98,7 +100,10 @@ class Connection(asyncio.Protocol):
         """How many calls that their callers gave up are still being taken down."""
         self._heard = False
         self._timer: asyncio.TimerHandle | None = None
-        self._draining = False
+        self.draining = False
+        """Whether its peer was asked to make no more calls here."""
+        self._final_stream: int | None = None
+        """The last stream that is taken, once that is settled."""
         self.refusing: asyncio.Future[None] = self.loop.create_future()
         """Done once it takes no more calls."""
         self._ended = False
@@ -280,8 +285,8 @@ class Connection(asyncio.Protocol):
             raise ProtocolError(frames.FRAME_SIZE_ERROR, "RST_STREAM of a wrong length")
         if not stream or stream > self._last_stream:
             raise ProtocolError(frames.PROTOCOL_ERROR, "a reset before headers")
-        self.spend(1)
         call = self.open.pop(stream, None)
+        self.spend(1 if call is None else _RESET_COST)
         if call is not None:
             call.give_up()
 
@@ -312,7 +317,7 @@ class Connection(asyncio.Protocol):
         if not flags & frames.ACK:
             self.spend(1)
             self.send(frames.frame(frames.PING, frames.ACK, 0, payload))
-        elif payload == _DRAIN_PING and self._draining:
+        elif payload == _DRAIN_PING and self.draining:
             self._refuse()
 
     def _on_window(self, stream: int, flags: int, payload: bytes) -> None:
@@ -435,15 +440,16 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Asks the peer to open no more calls here; those that are on their way are taken."""
-        if self._draining or self._ended:
+        if self.draining or self._ended:
             return
-        self._draining = True
+        self.draining = True
         self.send(frames.goaway(frames.MAX_STREAM, frames.NO_ERROR) + frames.frame(frames.PING, 0, 0, _DRAIN_PING))
 
     def _refuse(self) -> None:
         """Takes no more calls, and closes the connection once those that it has are answered."""
         if not self.refusing.done() and not self._ended:
             self.refusing.set_result(None)
+            self._final_stream = self._last_stream
             self.send(frames.goaway(self._last_stream, frames.NO_ERROR))
             if not self.open:
                 self.end(frames.NO_ERROR, "")
@@ -452,7 +458,8 @@ class Connection(asyncio.Protocol):
         """Closes the connection once what was sent has gone out."""
         if self._ended or self._transport is None:
             return
-        self._out.append(frames.goaway(self._last_stream, code, text))
+        last = self._last_stream if self._final_stream is None else self._final_stream
+        self._out.append(frames.goaway(last, code, text))
         self._flush()
         self._ended = True
         for call in list(self.open.values()):

@@ -11,11 +11,13 @@ import socket
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
+from modelport_server.http2 import frames
 from modelport_server.http2.call import END_OF_STREAM, ServerCall
 from modelport_server.http2.connection import Connection
 from modelport_server.http2.headers import RequestHead
@@ -28,7 +30,7 @@ _LAST_CALLS_S = 0.25
 """How long peers may take to hear that they shall make no more calls here."""
 _OTHERS_STALL_S = 5.0
 """How long answers may wait that are small, and while which the health service has everybody else wait."""
-_CLOSING_S = 1.0
+_CLOSING_S = 0.5
 """How long they may take to read what is left for them when the server ends."""
 
 
@@ -37,7 +39,7 @@ class Limits:
     """Bounds of a server."""
 
     max_message_bytes: int = 4 * 1024 * 1024
-    """The largest message, either way."""
+    """The largest message that is taken."""
     max_concurrent_calls: int = 4096
     """The most calls at once; more get RESOURCE_EXHAUSTED."""
     max_streams_per_connection: int = 1024
@@ -77,9 +79,10 @@ class GrpcServer:
         self.stall_s = limits.stall_s
         self._limits = limits
         self._handlers: list[Any] = []
-        self._methods: dict[str, Any] = {}
-        self._taskless: set[str] = set()
-        """Methods whose calls are ended by what their handlers do, without a task."""
+        self._methods: dict[str, tuple[Any, bool]] = {}
+        """By path: how it is handled, and whether its handler ends calls by itself, without a task."""
+        self._socket: tuple[Path, int] | None = None
+        """The path of a Unix socket, and which file that was."""
         self._servers: list[asyncio.AbstractServer] = []
         self._connections: dict[Connection, None] = {}
         self._calls: dict[ServerCall, bool] = {}
@@ -101,10 +104,19 @@ class GrpcServer:
         Raises:
             OSError: if it can't listen there.
         """
+        try:
+            return await self._listen(address)
+        except BaseException:
+            for server in self._servers:
+                server.close()
+            raise
+
+    async def _listen(self, address: str) -> int:
         loop = asyncio.get_running_loop()
         if address.startswith("unix:"):
-            path = address.removeprefix("unix:")
+            path = Path(address.removeprefix("unix:"))
             self._servers.append(await loop.create_unix_server(self._connection, path, backlog=_BACKLOG))
+            self._note_socket(path)
             return 0
         host, _, text = address.rpartition(":")
         host, port = host.removeprefix("[").removesuffix("]"), int(text)
@@ -123,6 +135,9 @@ class GrpcServer:
         if missing is not None and not self._servers:
             raise missing
         return port
+
+    def _note_socket(self, path: Path) -> None:
+        self._socket = path, path.stat().st_ino
 
     def _listener(self, family: int, place: Any) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -168,10 +183,15 @@ class GrpcServer:
             connection.drain()
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Drains, waits for calls, and closes all connections.
+        """Ends all calls, as ``finish``, and closes all connections."""
+        await self.finish(grace_s)
+        await self.close()
+
+    async def finish(self, grace_s: float = 0.0) -> None:
+        """Drains, and waits for calls.
 
         Args:
-            grace_s: how long calls may take to end, in seconds; those that take longer get UNAVAILABLE.
+            grace_s: how long they may take to end, in seconds; those that take longer get UNAVAILABLE.
         """
         self.drain()
         with contextlib.suppress(TimeoutError):
@@ -182,13 +202,25 @@ class GrpcServer:
                 await self._idle.wait()
         for call in list(self._calls):
             call.fail(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+
+    async def close(self) -> None:
+        """Closes all connections, once their peers have read what is left for them."""
         closed = [connection.closed for connection in self.connections]
         for connection in self.connections:
-            connection.end(0, "")
+            connection.end(frames.NO_ERROR, "")
         if closed:
             await asyncio.wait(closed, timeout=_CLOSING_S)
         for connection in self.connections:
             connection.abort()
+        self._remove_socket()
+
+    def _remove_socket(self) -> None:
+        """Removes a Unix socket's file, unless another server has put its own there; Python before 3.13 leaves it."""
+        if self._socket is not None:
+            path, number = self._socket
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino == number:
+                    path.unlink()
 
     # What calls come to.
 
@@ -198,7 +230,7 @@ class GrpcServer:
         if head.http_status != 200:
             call.refuse(head.http_status)
             return
-        method = self._methods.get(head.path) or self._find(head.path)
+        method, taskless = self._methods.get(head.path) or self._find(head.path)
         if head.too_large:
             call.fail(code.RESOURCE_EXHAUSTED, "the headers are too large")
         elif method is None:
@@ -221,17 +253,16 @@ class GrpcServer:
             if method.request_streaming:
                 self._run(call, method, _requests(call, method.request_deserializer))
             else:
-                call.when_complete(partial(self._begin_unary, method, head.path in self._taskless))
+                call.when_complete(partial(self._begin_unary, method, taskless))
 
-    def _find(self, path: str) -> Any:
+    def _find(self, path: str) -> tuple[Any, bool]:
         details = _Details(path)
         for handler in self._handlers:
             if (method := handler.service(details)) is not None:
-                self._methods[path] = method
-                if method.unary_unary is not None and not inspect.iscoroutinefunction(method.unary_unary):
-                    self._taskless.add(path)
-                return method
-        return None
+                taskless = method.unary_unary is not None and not inspect.iscoroutinefunction(method.unary_unary)
+                self._methods[path] = method, taskless
+                return self._methods[path]
+        return None, False
 
     def _on_end(self, call: ServerCall) -> None:
         if call.task is None or call.task.done():
@@ -328,6 +359,11 @@ def _serialized(method: Any, message: Any) -> bytes:
 
 
 async def _requests(call: ServerCall, deserialize: Any) -> AsyncIterator[Any]:
-    """Yields what a call's caller sends."""
+    """Yields what a call's caller sends; ends a call with a message that can't be read."""
     while (message := await call.read()) is not END_OF_STREAM:
-        yield message if deserialize is None else deserialize(message)
+        try:
+            request = message if deserialize is None else deserialize(message)
+        except Exception:
+            call.fail(grpc.StatusCode.INVALID_ARGUMENT, "a message can't be read")
+            return
+        yield request

@@ -15,14 +15,18 @@ from modelport_server.http2.call import END_OF_STREAM as END_OF_STREAM
 
 
 class Context(Protocol):
-    """A call, as the server hands it to a handler, and ``grpc.aio`` would."""
+    """A call, as the server hands it to a handler."""
 
     async def read(self) -> Any:
         """Returns the next message, or ``END_OF_STREAM``."""
         ...
 
     def send(self, message: bytes) -> asyncio.Future[None] | None:
-        """Sends a message; returns what is done once it is on its way, or None if it is already."""
+        """Sends a message; returns what is done once it is on its way, or None if it is already.
+
+        Raises:
+            CallEndedError: if the call has ended; what is returned raises it, too.
+        """
         ...
 
     def answer(self, message: bytes) -> None:

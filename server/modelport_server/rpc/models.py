@@ -32,7 +32,7 @@ class ModelService:
         self._drain = Signal()
 
     def handlers(self) -> Any:
-        """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        """Returns the service's methods for ``GrpcServer.add_generic_rpc_handlers``."""
         unary = {"ListModels": self._list_models, "GetModel": self._get_model}
         return generic_handler(SERVICE, unary=unary, answer_streams={"WatchModels": self._watch_models})
 

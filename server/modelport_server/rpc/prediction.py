@@ -1,7 +1,7 @@
 """``modelport.v1.PredictionService``: decode, let the servable answer, encode.
 
-The handlers take and give raw bytes and parse by themselves: gRPC answers UNKNOWN when a deserialiser
-of its own fails, and in a stream it would end all of it.
+The handlers take and give raw bytes and parse by themselves: in a stream, a message that can't be read is answered by
+an error of its own, and does not end all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from modelport_server.batching.calls import Answer
-from modelport_server.errors import TooLargeError
+from modelport_server.errors import CallerGoneError
 from modelport_server.once import Signal
 from modelport_server.options import RpcOptions
 from modelport_server.routing import Router
@@ -39,7 +39,7 @@ class PredictionService:
         self._drain = Signal()
 
     def handlers(self) -> Any:
-        """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        """Returns the service's methods for ``GrpcServer.add_generic_rpc_handlers``."""
         streams = {"PredictStream": self._predict_stream}
         many = {"PredictMany": self._predict_many}
         return generic_handler(SERVICE, unary={"Predict": self._predict}, streams=streams, answer_streams=many)
@@ -50,39 +50,42 @@ class PredictionService:
 
     def _predict(self, raw: bytes, context: Context) -> None:
         """Begins a call. No task is made for it: what ends its future ends it, and the other way round."""
-        servable: Servable | None = None
         try:
             request = to_request(parse_predict(raw), len(raw))
             servable = self._router.resolve(
                 request.model, version=request.version, alias=request.alias, key=request.routing_key
             )
-            servable.acquire()
             call = servable.prepare(request.signature, request.inputs, request.outputs, deadline_of(context))
-            call.movable = request.version is None and request.alias is None
-            servable.submit(call)
         except Exception as error:  # status_of logs what it does not know
-            if servable is not None:
-                servable.release()
             fail(context, error)
             return
+        call.movable = request.version is None and request.alias is None
+        servable.acquire()
         call.future.add_done_callback(partial(self._on_answer, request, servable, context))
         context.add_done_callback(partial(_give_up, call.future))
+        try:
+            servable.submit(call)
+        except Exception as error:
+            call.fail(error)
 
     def _on_answer(
         self, request: Request, servable: Servable, context: Context, future: asyncio.Future[Answer]
     ) -> None:
         servable.release()
         if future.cancelled():
-            return  # its caller has given it up
+            fail(context, CallerGoneError("the call was given up"))
+            return
         error = future.exception()
         if error is None:
-            response = to_response(request.model, future.result(), request.outputs, request.sequence)
             try:
-                context.answer(packed(response, self._options.max_message_bytes))
-            except TooLargeError as too_large:
-                error = too_large
-        if error is not None:
-            fail(context, error)
+                response = to_response(request.model, future.result(), request.outputs, request.sequence)
+                message = packed(response, self._options.max_message_bytes)
+            except Exception as failure:  # else its caller would never hear of it
+                error = failure
+            else:
+                context.answer(message)
+                return
+        fail(context, error)
 
     async def _predict_stream(self, _: object, context: Context) -> None:
         await guarded(context, self._serve_stream(context))

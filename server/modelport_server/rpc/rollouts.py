@@ -52,7 +52,7 @@ class RolloutService:
         self._drain = Signal()
 
     def handlers(self) -> Any:
-        """Returns the service's methods for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        """Returns the service's methods for ``GrpcServer.add_generic_rpc_handlers``."""
         unary: dict[str, Any] = {change.method: self._changing(change) for change in _CHANGES}
         unary |= {"GetRollout": self._get_rollout, "GetPolicy": self._get_policy, "ReadJournal": self._read_journal}
         return generic_handler(SERVICE, unary=unary, answer_streams={"WatchRollout": self._watch_rollout})

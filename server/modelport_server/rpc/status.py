@@ -111,7 +111,7 @@ def fail(context: Context, error: BaseException) -> None:
 
 
 async def abort(context: Context, error: BaseException) -> NoReturn:
-    """Ends a unary call with the status for ``error``; raises, so it never returns."""
+    """Ends a call with the status for ``error``; raises, so it never returns."""
     status = status_of(error)
     await context.abort(status.code, status.message, trailing_metadata=_metadata(status))
     raise AssertionError("abort raises")

@@ -34,8 +34,7 @@ class _Pending:
 class PredictStream:
     """Reads messages as long as its window has room, and answers them in their order.
 
-    A task of its own reads, so that the end of the call never hits a read that is under way, which
-    leaks memory in grpc. The window bounds what a stream can hold of the server; beyond that, and while
+    A task of its own reads. The window bounds what a stream can hold of the server; beyond that, and while
     the servable's queue is full, it reads no further and HTTP/2's flow control holds its peer back.
 
     Args:
