@@ -286,9 +286,9 @@ class Connection(asyncio.Protocol):
         if not stream or stream > self._last_stream:
             raise ProtocolError(frames.PROTOCOL_ERROR, "a reset before headers")
         call = self.open.pop(stream, None)
-        self.spend(1 if call is None else _RESET_COST)
         if call is not None:
             call.give_up()
+        self.spend(1 if call is None else _RESET_COST)
 
     def _on_settings(self, stream: int, flags: int, payload: bytes) -> None:
         if stream:
