@@ -120,7 +120,7 @@ def test_callers_that_go_away_make_room(server: ServerProcess, channel: grpc.Cha
 
 
 def test_a_burst_of_calls_is_answered_whatever_the_front_is_at(server: ServerProcess) -> None:
-    """Core would end some of more than a thousand calls that the front has not taken yet."""
+    """However many come before the front takes the first."""
     front = psutil.Process(server.process.pid)
     with ExitStack() as stack:
         channels = [stack.enter_context(open_channel(server.address)) for _ in range(3)]
@@ -136,7 +136,7 @@ def test_a_burst_of_calls_is_answered_whatever_the_front_is_at(server: ServerPro
 
 
 def test_one_connection_may_have_more_calls_than_run_at_once(server: ServerProcess) -> None:
-    """Core would refuse calls that its peer rightly begins as others end; most clients call again, which hides it."""
+    """None may be refused that its peer rightly begins as another ends; most clients call again, which would hide it."""
     options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(server.address, options=options) as channel:
         waits = [start(channel, request("toy", {})) for _ in range(4000)]
