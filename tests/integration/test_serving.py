@@ -136,7 +136,7 @@ def test_a_burst_of_calls_is_answered_whatever_the_front_is_at(server: ServerPro
 
 
 def test_one_connection_may_have_more_calls_than_run_at_once(server: ServerProcess) -> None:
-    """None may be refused that its peer rightly begins as another ends; most clients call again, which would hide it."""
+    """None may be refused that its peer rightly begins as another ends; most clients would hide it by a second try."""
     options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(server.address, options=options) as channel:
         waits = [start(channel, request("toy", {})) for _ in range(4000)]
