@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,9 +149,18 @@ class Changes:
 
 
 def shared(process: psutil.Process) -> int:
-    """Returns how many pieces of shared memory a process has mapped."""
-    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    return sum("/memfd:" in line or "/dev/shm/" in line for line in maps)
+    """Returns how many pieces of shared memory a process has mapped that are of no engine which is left.
+
+    Of those that are, it has descriptors; how many of these are mapped depends on how many batches have run at once.
+    """
+    folder = Path(f"/proc/{process.pid}")
+    lines = (folder / "maps").read_text().splitlines()
+    mapped = {int(line.split()[4]) for line in lines if "/memfd:" in line or "/dev/shm/" in line}  # by inode
+    held: set[int] = set()
+    for entry in (folder / "fd").iterdir():
+        with suppress(OSError):
+            held.add(entry.stat().st_ino)
+    return len(mapped - held)
 
 
 def change(scratch: Path, source: Source, count: int, *arguments: str, stub: bool) -> None:
