@@ -152,7 +152,8 @@ async def test_what_nobody_feels_is_not_slow() -> None:
     result = await _compare(tiny, FakeProber(clock, us_per_call=30.0, us_per_row=0.1))
     assert result.outcome is Outcome.PASSED
     assert [case["looks"] for case in _measured(result)] == [1, 1], "nobody waits for what can't be slow"
-    assert (await _compare(tiny, FakeProber(clock, us_per_call=40.0, us_per_row=0.5))).outcome is Outcome.PASSED
+    assert (await _compare(tiny, FakeProber(clock, us_per_call=130.0, us_per_row=0.5))).outcome is Outcome.PASSED
+    assert (await _compare(tiny, FakeProber(clock, us_per_call=160.0, us_per_row=0.5))).outcome is Outcome.FAILED
 
 
 def _busy(source: random.Random) -> tuple[float, float]:
