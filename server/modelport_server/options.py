@@ -67,6 +67,9 @@ class BatchLimits:
     """The most rows that run together; larger calls are split. Default 128."""
     adaptive: bool = False
     """Whether fewer rows run together where warming up shows that more are not faster. Default off."""
+    least_batch_size: int = 0
+    """With how many rows a batch takes no more than half as long again per row as with any number; 0, the default, if
+    that is not known."""
     max_batch_bytes: int = 16 * MIB
     """The most input bytes that run together, if a row is not larger by itself. Default 16 MiB."""
     max_enqueued_rows: int = 8192

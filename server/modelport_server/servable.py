@@ -99,6 +99,8 @@ class Servable:
         self.parallelism = Parallelism()
         self.batch_size = limits.max_batch_size
         """The most rows that run together."""
+        self.least_batch_size = limits.least_batch_size
+        """With how many rows a batch takes hardly longer per row than with any number; 0 if that is not known."""
         self.golden_examples = 0
         self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
@@ -187,10 +189,11 @@ class Servable:
         self.attempts = self.attempts or chosen.attempts
         self.precision = chosen.candidate.precision
         self.parallelism = chosen.loaded.parallelism
-        is_first = not self.engine_name  # later the machine may be busy, and callers are used to the size that it has
-        if is_first and self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
-            self.batch_size = chosen.loaded.best_size
-            self._batcher.limit_batches(self.batch_size)
+        if not self.engine_name:  # later the machine may be busy, and callers are used to the sizes that it has
+            if self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
+                self.batch_size = chosen.loaded.best_size
+            self.least_batch_size = self.least_batch_size or chosen.loaded.least_size
+            self._batcher.limit_batches(self.batch_size, self.least_batch_size)
         self._candidates, self._golden = ((chosen.candidate,),), ()
         return chosen.loaded
 

@@ -311,6 +311,52 @@ async def test_an_idle_instance_takes_no_fewer_rows_than_are_worth_while_to_run(
     assert [run.ids for run in engine.runs] == [[0], list(range(1, 11))]
 
 
+async def test_callers_calls_become_two_batches_for_each_instance() -> None:
+    engine, batcher = await _two_instances(least_batch_size=2)
+    for number in range(80):
+        batcher.submit(new_call([number]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [list(range(20)), list(range(20, 40)), list(range(40, 60))]
+    ended = engine.runs[0]
+    ended.end.set_result(BatchOutput(ended.inputs, 2000, lambda: None))
+    await settle()
+    assert [run.ids for run in engine.runs][2:] == [list(range(60, 75))], "a quarter of the sixty that are left"
+
+
+async def test_an_idle_instance_needs_no_more_than_its_part_of_the_rows() -> None:
+    engine, batcher = await _two_instances(least_batch_size=2)
+    batcher.submit(_whole(range(60)))
+    await settle()
+    for number in range(60, 79):
+        batcher.submit(new_call([number]))
+    await settle()
+    assert [len(run.ids) for run in engine.runs] == [60], "there would be four batches of twenty"
+    batcher.submit(new_call([79]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [list(range(60)), list(range(60, 80))]
+
+
+@pytest.mark.parametrize(
+    ("least", "calls", "rows", "sizes"),
+    [
+        (0, 80, 1, [40, 40]),
+        (32, 80, 1, [32, 32]),
+        (2, 16, 1, [10]),
+        (2, 8, 15, [30, 30, 30]),
+        (2, 8, 20, [80, 80]),
+    ],
+    ids=["unknown", "costly batches", "too short", "whole calls", "long calls"],
+)
+async def test_callers_calls_become_fewer_batches_where_that_is_better(
+    least: int, calls: int, rows: int, sizes: list[int]
+) -> None:
+    engine, batcher = await _two_instances(least_batch_size=least)
+    for first in range(0, calls * rows, rows):
+        batcher.submit(new_call(range(first, first + rows)))
+    await settle()
+    assert [len(run.ids) for run in engine.runs] == sizes, "what is left waits for the end of one"
+
+
 async def test_nobody_waits_for_a_batch_that_should_have_been_over_soon() -> None:
     engine, batcher = await _two_instances()
     batcher.submit(new_call([0]))

@@ -29,10 +29,15 @@ def _calls(loop: asyncio.AbstractEventLoop, *sizes: int, splittable: bool = True
 
 
 def _closed(
-    calls: list[Call], limits: BatchLimits = LIMITS, *, gather: float = 1, most: int | None = None
+    calls: list[Call],
+    limits: BatchLimits = LIMITS,
+    *,
+    gather: float = 1,
+    most: int | None = None,
+    enough: float = math.inf,
 ) -> list[tuple[int, int, int]] | None:
     """Returns the batch as (index of the call, first row, row after the last)."""
-    selection = close_batch(calls, limits, gather=gather, most=most)
+    selection = close_batch(calls, limits, gather=gather, most=most, enough=enough)
     return None if selection is None else [(calls.index(call), start, stop) for call, start, stop in selection.parts]
 
 
@@ -79,3 +84,24 @@ def test_a_batch_is_closed_with_the_rows_that_are_asked_for(loop: asyncio.Abstra
 def test_a_batch_may_have_fewer_rows_than_the_limits_say(loop: asyncio.AbstractEventLoop) -> None:
     assert _closed(_calls(loop, 1, 3), most=3) == [(0, 0, 1), (1, 0, 2)]
     assert _closed(_calls(loop, 9), most=9) == [(0, 0, 4)]
+
+
+def test_a_batch_with_enough_rows_is_full_and_no_call_is_split_for_it(loop: asyncio.AbstractEventLoop) -> None:
+    assert _closed(_calls(loop, 1, 1, 1), enough=2) == [(0, 0, 1), (1, 0, 1)]
+    assert _closed(_calls(loop, 1, 1, 1), enough=2, gather=math.inf) == [(0, 0, 1), (1, 0, 1)]
+    assert _closed(_calls(loop, 1, 2, 1), enough=2) == [(0, 0, 1), (1, 0, 2)]
+    assert _closed(_calls(loop, 3, 1), enough=1) == [(0, 0, 3)]
+    assert _closed(_calls(loop, 1), enough=2, gather=math.inf) is None
+
+
+def test_calls_of_a_message_are_not_divided_unless_the_batch_is_full(loop: asyncio.AbstractEventLoop) -> None:
+    calls = _calls(loop, 1, 1, 1, 1, 1)
+    calls[1].message = calls[2].message = "a message"
+    calls[3].message = "another"
+    assert _closed(calls, enough=2) == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
+    assert _closed(calls, enough=3) == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
+    assert _closed(calls[1:], enough=2) == [(0, 0, 1), (1, 0, 1)]
+    calls[3].message = "a message"
+    assert _closed(calls, enough=1) == [(0, 0, 1)]
+    assert _closed(calls, replace(LIMITS, max_batch_size=3), enough=2) == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
+    assert _closed(calls[1:4], enough=1, gather=math.inf) == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]

@@ -11,7 +11,16 @@ import pytest
 
 from modelport_registry import Golden, SignatureSpec, TensorSpec
 from modelport_server.engines.protocol import Array, EngineError
-from modelport_server.engines.warming import Request, TimedEngine, WarmedUp, WarmUp, WarmUpError, knee, sizes
+from modelport_server.engines.warming import (
+    Request,
+    TimedEngine,
+    WarmedUp,
+    WarmUp,
+    WarmUpError,
+    knee,
+    least_rows,
+    sizes,
+)
 
 X = np.arange(8, dtype=np.float32)
 GOLDEN = Golden("serving_default", {"x": X}, {"y": X})
@@ -239,3 +248,20 @@ def test_a_model_that_is_merely_slow_is_in_time() -> None:
 )
 def test_batches_need_no_more_rows_than_make_them_fast(spent_ms: dict[int, float], expected: int) -> None:
     assert knee({size: ms / 1e3 for size, ms in spent_ms.items()}) == expected
+
+
+@pytest.mark.parametrize(
+    ("spent_ms", "expected"),
+    [
+        ({1: 0.5, 2: 0.7, 4: 1.1, 8: 1.9, 16: 3.5, 32: 6.7}, 3),  # 0.3 ms, and 0.2 for each row
+        ({1: 5.1, 8: 5.8, 64: 11.4}, 64),  # 5 ms and 0.1: to run fewer gains nothing
+        ({1: 5.1, 8: 5.8, 64: 11.4, 128: 17.8}, 100),
+        ({1: 40.0, 2: 80.0, 4: 160.0}, 1),
+        ({1: 2.0, 2: 3.0, 4: 9.0}, 1),
+        ({1: 2.0, 2: 1.0}, 2),
+        ({1: 3.0}, 1),
+        ({1: 0.0, 2: 0.0}, 2),
+    ],
+)
+def test_from_how_many_rows_on_a_row_takes_hardly_longer(spent_ms: dict[int, float], expected: int) -> None:
+    assert least_rows({size: ms / 1e3 for size, ms in spent_ms.items()}) == expected

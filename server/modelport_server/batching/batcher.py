@@ -34,6 +34,12 @@ _WORTH_SHARING_S = 0.002
 """
 _WORTH_RUNNING_S = 0.001
 """How long a batch has to run, in seconds, to be worth what it costs besides while another one is soon over."""
+_LONG_CALL_S = 0.002
+"""Calls that take so long in an engine, in seconds, take the front a twentieth of it at most."""
+_PRESENT_GAIN = 0.2
+_BATCHES_PER_INSTANCE = 2
+"""Into how many batches the rows of all callers are divided: while one runs, the answers of another go out, and what
+comes for them becomes the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,8 @@ class Batcher:
         """Until when calls wait for a batch that is soon over."""
         self._rows_per_s: dict[str, float] = {}
         """How many rows of a signature an instance runs in a second, once that is known."""
+        self._present = 0.0
+        """How many rows wait or run when a batch ends: as many as callers have under way."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed: ServeError | None = None
         self._paused = False
@@ -135,9 +143,14 @@ class Batcher:
             self._room.append(waiter)
             await waiter
 
-    def limit_batches(self, rows: int) -> None:
-        """Lets no more rows than ``rows`` run together from now on."""
-        self._limits = replace(self._limits, max_batch_size=rows)
+    def limit_batches(self, most: int, least: int) -> None:
+        """Changes how many rows run together from now on.
+
+        Args:
+            most: the largest batch, in rows.
+            least: with how many rows a batch takes hardly longer per row than with any number; 0 if that is not known.
+        """
+        self._limits = replace(self._limits, max_batch_size=most, least_batch_size=least)
 
     def pause(self) -> None:
         """Stops making batches until ``resume``: calls wait, within the queue's bounds."""
@@ -225,13 +238,14 @@ class Batcher:
             parts = [part for part in retry.parts if not part.call.ended]
             if parts:
                 return Batch(retry.signature, parts)
-        gather = self._rows_to_gather()
+        enough = self._rows_of_a_turn()
+        gather = min(self._rows_to_gather(), enough)
         if self._is_short_of(gather):
             return None
         keys = self._keys_oldest_first()
         if gather > 1 and not any(close_batch(self._live(key), self._limits, gather=gather) for key in keys):
             return None
-        return self._close_oldest(keys)
+        return self._close_oldest(keys, enough)
 
     def _is_short_of(self, rows: float) -> bool:
         """Whether it is plain without a look at the calls that nothing of what waits makes a batch."""
@@ -239,12 +253,30 @@ class Batcher:
         few = self._rows < min(rows, limits.max_batch_size) and self._bytes < limits.max_batch_bytes
         return few and not self._unsplittable
 
-    def _close_oldest(self, keys: list[Key]) -> Batch | None:
+    def _rows_of_a_turn(self) -> float:
+        """Returns with how many rows a batch is full, though more may wait; infinity where that is not known.
+
+        Were all that is there in a batch for each instance, the engine would be idle from their ends until callers
+        have come again, and the front until then. Where calls take long, that is no great share of the time.
+        """
+        least, rate = self._limits.least_batch_size, self._lowest_rate()
+        calls = sum(map(len, self._waiting.values()))
+        if not least or self._rows >= calls * _LONG_CALL_S * rate:
+            return math.inf
+        present = max(self._present, self._rows + sum(one.batch.rows for one in self._in_flight.values()))
+        turn = math.ceil(present / (_BATCHES_PER_INSTANCE * self._runner.instances))
+        return max(turn, least, math.ceil(_WORTH_RUNNING_S * rate))
+
+    def _lowest_rate(self) -> float:
+        """Returns the rows per second of the slowest signature that waits; 0 if that is not known."""
+        return min([self._rows_per_s.get(queue[0].signature, 0.0) for queue in self._waiting.values()], default=0.0)
+
+    def _close_oldest(self, keys: list[Key], enough: float) -> Batch | None:
         """Takes from the key that has waited longest, full or not: else a busy one would starve it."""
         for key in keys:
             oldest = self._waiting[key][0]
             most = self._rows_of_a_share(oldest.signature) if oldest.shareable else None
-            selection = close_batch(self._live(key), self._limits, most=most)
+            selection = close_batch(self._live(key), self._limits, most=most, enough=enough)
             if selection is not None:
                 return self._take(key, selection.parts)
         return None
@@ -268,8 +300,7 @@ class Batcher:
             until = min(one.soon_over_until for one in soon)
             self._gathering = asyncio.get_running_loop().call_later(until - now, self._gathered_enough)
         fewest = min(one.batch.rows for one in soon)
-        rates = [self._rows_per_s.get(queue[0].signature, 0.0) for queue in self._waiting.values()]
-        return max(fewest, math.ceil(_WORTH_RUNNING_S * min(rates, default=0.0)))
+        return max(fewest, math.ceil(_WORTH_RUNNING_S * self._lowest_rate()))
 
     def _gathered_enough(self) -> None:
         self._gathering = None
@@ -363,6 +394,8 @@ class Batcher:
         running.add_done_callback(self._on_end)
 
     def _on_end(self, running: asyncio.Future[BatchOutput]) -> None:
+        present = self._rows + sum(one.batch.rows for one in self._in_flight.values())
+        self._present += _PRESENT_GAIN * (present - self._present)
         batch = self._in_flight.pop(running).batch
         self._stop_gathering()
         error = asyncio.CancelledError() if running.cancelled() else running.exception()

@@ -6,6 +6,7 @@ gather, and a further batch is closed only when it is full or has as many rows a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +23,12 @@ class Selection:
 
 
 def close_batch(
-    waiting: Iterable[Call], limits: BatchLimits, *, gather: float = 1, most: int | None = None
+    waiting: Iterable[Call],
+    limits: BatchLimits,
+    *,
+    gather: float = 1,
+    most: int | None = None,
+    enough: float = math.inf,
 ) -> Selection | None:
     """Returns the rows that should run next, or None to go on gathering.
 
@@ -31,12 +37,17 @@ def close_batch(
         limits: bounds of a batch.
         gather: how many rows there have to be if the batch is not full.
         most: how many rows it may have if that is fewer than the limits say.
+        enough: with how many rows it is full, though it may have more: no call and no message is divided for it.
     """
     parts: list[tuple[Call, int, int]] = []
     size = rows_left = limits.max_batch_size if most is None else min(most, limits.max_batch_size)
     bytes_left = limits.max_batch_bytes
     full = False
+    last: object = None
     for call in waiting:
+        if size - rows_left >= enough and (call.message is None or call.message is not last):
+            break
+        last = call.message
         if not call.splittable:
             full = True
             if not parts:
@@ -54,6 +65,6 @@ def close_batch(
         if fitting < left or rows_left == 0:
             full = True
             break
-    if not parts or not (full or size - rows_left >= gather):
+    if not parts or not (full or size - rows_left >= min(gather, enough)):
         return None
     return Selection(tuple(parts))

@@ -290,6 +290,7 @@ class EngineProcess:
                     tuple(self._results),
                     self._parallelism,
                     message["best_size"],
+                    message["least_size"],
                 )
             )
             if self._cores is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ _SMALL = 16
 of a large size takes longer (``docs/adr/0052``)."""
 
 _AS_FAST = 0.95
-_WORTH_A_BATCH_S = 0.002
-"""Shorter batches are not the best, however fast they are: each takes the front some 0.1 ms."""
+_LONGER_PER_ROW = 1.5
+_BESIDES_S = 0.0004
+"""What a batch of any size costs besides, in seconds, in the front and in what hands it over."""
 
 Inputs = Mapping[str, Array]
 Request = tuple[str, Inputs]
@@ -101,7 +103,15 @@ class WarmedUp:
 
         Of several signatures or kinds of inputs, the most that any of them takes.
         """
-        return max(map(knee, self.spent_s.values()), default=0)
+        return max((knee(times) for times in self.spent_s.values()), default=0)
+
+    @property
+    def least_size(self) -> int:
+        """With how many rows a batch takes no more than half as long again per row as with any number; 0 if none ran.
+
+        Of several signatures or kinds of inputs, the most that any of them takes.
+        """
+        return max(map(least_rows, self.spent_s.values()), default=0)
 
     def figures(self) -> dict[str, JSON]:
         """Returns it for people."""
@@ -228,12 +238,28 @@ def knee(spent_s: Mapping[int, float]) -> int:
     """Returns the fewest rows of a batch that are as many in a second as those of the fastest.
 
     Args:
-        spent_s: how long a batch takes, in seconds, by its number of rows.
+        spent_s: how long a batch takes in the engine, in seconds, by its number of rows.
     """
-    rates = {size: size / max(seconds, 1e-9) for size, seconds in spent_s.items()}
+    rates = {size: size / (seconds + _BESIDES_S) for size, seconds in spent_s.items()}
     best = max(rates.values())
-    enough = [size for size, rate in rates.items() if rate >= _AS_FAST * best and spent_s[size] >= _WORTH_A_BATCH_S]
-    return min(enough, default=max(rates))
+    return min(size for size, rate in rates.items() if rate >= _AS_FAST * best)
+
+
+def least_rows(spent_s: Mapping[int, float]) -> int:
+    """Returns from how many rows on a batch's rows take no more than half as long again as in the largest.
+
+    Times of single sizes are too uncertain for that: a batch is taken to need some time whatever its size, and some
+    for each row, which are fitted with the least squares of relative errors.
+
+    Args:
+        spent_s: how long a batch takes in the engine, in seconds, by its number of rows.
+    """
+    rows, seconds = np.array(list(spent_s)), np.maximum(list(spent_s.values()), 1e-9)
+    (once_s, row_s), *_ = np.linalg.lstsq(np.stack([1 / seconds, rows / seconds], axis=1), np.ones(len(rows)), None)
+    if once_s <= 0:
+        return 1
+    most = int(rows.max())
+    return most if row_s <= 0 else min(math.ceil(once_s / row_s / (_LONGER_PER_ROW - 1)), most)
 
 
 def sizes(largest: int) -> list[int]:

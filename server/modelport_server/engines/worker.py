@@ -31,7 +31,7 @@ from modelport_server.engines.order import LoadOrder
 from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.protocol import Array, Engine, EngineError
 from modelport_server.engines.verification import GoldenMismatchError, Verified, check_golden
-from modelport_server.engines.warming import Request, TimedEngine, WarmUp, WarmUpError
+from modelport_server.engines.warming import Request, TimedEngine, WarmedUp, WarmUp, WarmUpError
 from modelport_server.gates import result as gates
 from modelport_server.gates.result import GateResult, Outcome
 from modelport_server.outputs import agreeing_rows, categories
@@ -183,7 +183,7 @@ class _Loading:
             golden = self._priority.run(lambda: self._check_golden(engine, batched, verified, figures))
         independent = [name for name in batched if name not in verified.dependent]
         with self._gate(gates.WARM_UP) as figures:
-            best_size = self._priority.run(lambda: self._warm_up(engine, manifest, golden, independent, figures))
+            warm = self._priority.run(lambda: self._warm_up(engine, manifest, golden, independent, figures))
         self._priority.restore()
         self._send(
             {
@@ -191,7 +191,8 @@ class _Loading:
                 "engine": engine.name,
                 "golden": verified.examples,
                 "dependent": verified.dependent,
-                "best_size": best_size,
+                "best_size": warm.best_size,
+                "least_size": warm.least_size,
             }
         )
         return engine.engine
@@ -305,7 +306,7 @@ class _Loading:
         golden: Sequence[Golden],
         batched: Sequence[str],
         figures: Figures,
-    ) -> int:
+    ) -> WarmedUp:
         with Instances(self._parallelism.instances) as instances:
             warm_up = WarmUp(
                 engine=OnAllInstances(engine, instances),
@@ -322,7 +323,7 @@ class _Loading:
                 raise _RejectedError(str(error)) from error
             finally:
                 figures |= warm_up.done.figures() | engine.figures()
-        return warm_up.done.best_size
+        return warm_up.done
 
     def _requests(self) -> Sequence[Request]:
         from modelport_server.gates.warmup_requests import WARMUP_REQUESTS, WarmUpRequestsError, read_warmup_requests

@@ -497,9 +497,10 @@ class ModelRollout:
     def _batch_limits(self, number: int) -> BatchLimits:
         """Returns the bounds of a version's batches: a candidate's are as large as those that it is compared with."""
         batch, stable = self._options.batch, self._stable_beside(number)
-        if not batch.adaptive or stable is None or stable.servable is None:
+        if stable is None or stable.servable is None:
             return batch
-        return replace(batch, max_batch_size=stable.servable.batch_size)
+        served = stable.servable
+        return replace(batch, max_batch_size=served.batch_size, least_batch_size=served.least_batch_size)
 
     def _parallelism(self, stable: Tracked | None) -> Parallelism | None:
         """Returns how many batches of a candidate run at once: as many as of the version that it is compared with."""

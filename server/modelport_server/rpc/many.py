@@ -108,6 +108,7 @@ class PredictMany:
         except Exception as error:  # status_of logs what it does not know
             self._ended.append((joined, error))
             return
+        call.message = self
         call.movable = request.version is None and request.alias is None
         servable.acquire()
         call.future.add_done_callback(partial(self._on_end, joined, servable))
