@@ -67,7 +67,7 @@ class BatchLimits:
     """The most rows that run together; larger calls are split. Default 128."""
     adaptive: bool = False
     """Whether fewer rows run together where warming up shows that more are not faster. Default off."""
-    least_batch_size: int = 0
+    efficient_batch_size: int = 0
     """With how many rows a batch takes no more than half as long again per row as with any number; 0, the default, if
     that is not known."""
     max_batch_bytes: int = 16 * MIB
@@ -80,6 +80,8 @@ class BatchLimits:
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_batch_bytes", "max_enqueued_rows", "max_enqueued_bytes"):
             _require(getattr(self, name) >= 1, f"{_known_as(name)} must be at least 1, not {getattr(self, name)}")
+        size = self.efficient_batch_size
+        _require(size >= 0, f"efficient_batch_size must be at least 0, not {size}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

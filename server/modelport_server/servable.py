@@ -99,8 +99,8 @@ class Servable:
         self.parallelism = Parallelism()
         self.batch_size = limits.max_batch_size
         """The most rows that run together."""
-        self.least_batch_size = limits.least_batch_size
-        """With how many rows a batch takes hardly longer per row than with any number; 0 if that is not known."""
+        self.efficient_batch_size = limits.efficient_batch_size
+        """``BatchLimits.efficient_batch_size``."""
         self.golden_examples = 0
         self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
@@ -192,8 +192,9 @@ class Servable:
         if not self.engine_name:  # later the machine may be busy, and callers are used to the sizes that it has
             if self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:
                 self.batch_size = chosen.loaded.best_size
-            self.least_batch_size = self.least_batch_size or chosen.loaded.least_size
-            self._batcher.limit_batches(self.batch_size, self.least_batch_size)
+            # Beside others' load it is less certain, but known; batches are merely larger or smaller for it.
+            self.efficient_batch_size = self.efficient_batch_size or chosen.loaded.efficient_size
+            self._batcher.limit_batches(self.batch_size, self.efficient_batch_size)
         self._candidates, self._golden = ((chosen.candidate,),), ()
         return chosen.loaded
 
@@ -440,7 +441,7 @@ class Servable:
         for call in self._batcher.take_waiting():
             try:
                 again = heir.prepare(call.signature, call.inputs, (), call.deadline)
-                again.movable = True
+                again.movable, again.message = True, call.message
                 heir.submit(again)
             except ServeError as error:
                 call.fail(error)

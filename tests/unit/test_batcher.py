@@ -262,9 +262,9 @@ async def test_calls_that_come_together_run_together() -> None:
     assert [run.ids for run in engine.runs] == [[0, 1, 2, 3]]
 
 
-async def _two_instances(**limits: Any) -> tuple[FakeEngine, Batcher]:
+async def _two_instances(*, slots: int = 3, **limits: Any) -> tuple[FakeEngine, Batcher]:
     """Returns an engine that runs two batches at once, and has run a row in 0.1 ms."""
-    engine = FakeEngine(slots=3, instances=2)
+    engine = FakeEngine(slots=slots, instances=2)
     batcher = _batcher(engine, **limits)
     batcher.submit(new_call([99]))
     await settle()
@@ -311,20 +311,43 @@ async def test_an_idle_instance_takes_no_fewer_rows_than_are_worth_while_to_run(
     assert [run.ids for run in engine.runs] == [[0], list(range(1, 11))]
 
 
-async def test_callers_calls_become_two_batches_for_each_instance() -> None:
-    engine, batcher = await _two_instances(least_batch_size=2)
+def _end(run: Run) -> None:
+    """Ends a batch whose rows took 0.1 ms each."""
+    run.end.set_result(BatchOutput(run.inputs, 100 * len(run.ids), lambda: None))
+
+
+async def test_small_calls_become_two_batches_for_each_instance() -> None:
+    engine, batcher = await _two_instances(slots=4, efficient_batch_size=2)
     for number in range(80):
         batcher.submit(new_call([number]))
     await settle()
-    assert [run.ids for run in engine.runs] == [list(range(20)), list(range(20, 40)), list(range(40, 60))]
-    ended = engine.runs[0]
-    ended.end.set_result(BatchOutput(ended.inputs, 2000, lambda: None))
+    quarters = [list(range(first, first + 20)) for first in range(0, 80, 20)]
+    assert [run.ids for run in engine.runs] == quarters
+    _end(engine.runs[0])
     await settle()
-    assert [run.ids for run in engine.runs][2:] == [list(range(60, 75))], "a quarter of the sixty that are left"
+    for number in range(20):
+        batcher.submit(new_call([number]))
+    await settle()
+    assert [run.ids for run in engine.runs] == [*quarters[1:], quarters[0]], "it waits in the engine behind the others"
+
+
+async def test_what_callers_have_under_way_is_remembered_while_they_read_their_answers() -> None:
+    engine, batcher = await _two_instances(slots=4, efficient_batch_size=2)
+    for _ in range(20):
+        for number in range(80):
+            batcher.submit(new_call([number]))
+        await settle()
+        while engine.runs:
+            _end(engine.runs[0])
+            await settle()
+    for number in range(36):
+        batcher.submit(new_call([number]))
+    await settle()
+    assert len(engine.runs[0].ids) == 12, "and not the ten that are the fewest: it was some fifty, on average"
 
 
 async def test_an_idle_instance_needs_no_more_than_its_part_of_the_rows() -> None:
-    engine, batcher = await _two_instances(least_batch_size=2)
+    engine, batcher = await _two_instances(efficient_batch_size=2)
     batcher.submit(_whole(range(60)))
     await settle()
     for number in range(60, 79):
@@ -337,24 +360,52 @@ async def test_an_idle_instance_needs_no_more_than_its_part_of_the_rows() -> Non
 
 
 @pytest.mark.parametrize(
-    ("least", "calls", "rows", "sizes"),
+    ("efficient", "calls", "rows", "sizes"),
     [
         (0, 80, 1, [40, 40]),
-        (32, 80, 1, [32, 32]),
-        (2, 16, 1, [10]),
-        (2, 8, 15, [30, 30, 30]),
-        (2, 8, 20, [80, 80]),
+        (32, 80, 1, [32, 48]),
+        (2, 16, 1, [16]),
+        (2, 8, 15, [30, 30, 30, 30]),
+        (2, 8, 21, [84, 84]),
     ],
-    ids=["unknown", "costly batches", "too short", "whole calls", "long calls"],
+    ids=["unknown", "costly batches", "too few", "whole calls", "long calls"],
 )
-async def test_callers_calls_become_fewer_batches_where_that_is_better(
-    least: int, calls: int, rows: int, sizes: list[int]
+async def test_calls_become_fewer_batches_where_that_is_better(
+    efficient: int, calls: int, rows: int, sizes: list[int]
 ) -> None:
-    engine, batcher = await _two_instances(least_batch_size=least)
+    engine, batcher = await _two_instances(slots=4, efficient_batch_size=efficient)
     for first in range(0, calls * rows, rows):
         batcher.submit(new_call(range(first, first + rows)))
     await settle()
     assert [len(run.ids) for run in engine.runs] == sizes, "what is left waits for the end of one"
+
+
+async def test_each_signature_has_its_own_rate() -> None:
+    """Though a row of another one that waits takes long."""
+    engine, batcher = await _two_instances(slots=4, efficient_batch_size=2)
+    batcher.submit(new_call([99], signature="texts"))
+    await settle()
+    slow = engine.runs[0]
+    slow.end.set_result(BatchOutput(slow.inputs, 100_000, lambda: None))
+    await settle()
+    for number in range(80):
+        batcher.submit(new_call([number]))
+    batcher.submit(new_call([80], signature="texts"))
+    await settle()
+    assert [len(run.ids) for run in engine.runs] == [21, 21, 21], "of all 81"
+
+
+async def test_what_runs_by_itself_says_nothing_of_rows_that_run_together() -> None:
+    engine, batcher = await _two_instances(slots=4, efficient_batch_size=2)
+    batcher.submit(new_call(range(32), splittable=False))
+    await settle()
+    probe = engine.runs[0]
+    probe.end.set_result(BatchOutput(probe.inputs, 100_000, lambda: None))
+    await settle()
+    for number in range(80):
+        batcher.submit(new_call([number]))
+    await settle()
+    assert [len(run.ids) for run in engine.runs] == [20, 20, 20, 20]
 
 
 async def test_nobody_waits_for_a_batch_that_should_have_been_over_soon() -> None:

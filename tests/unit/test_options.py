@@ -27,6 +27,7 @@ from modelport_server.options import (
     ("kind", "name", "value"),
     [
         (BatchLimits, "max_batch_size", 0),
+        (BatchLimits, "efficient_batch_size", -1),
         (BatchLimits, "max_batch_bytes", 0),
         (BatchLimits, "max_enqueued_rows", -1),
         (BatchLimits, "max_enqueued_bytes", 0),

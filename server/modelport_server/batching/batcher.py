@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -34,9 +34,11 @@ _WORTH_SHARING_S = 0.002
 """
 _WORTH_RUNNING_S = 0.001
 """How long a batch has to run, in seconds, to be worth what it costs besides while another one is soon over."""
+_FRONT_S = 0.0004
+"""What a batch costs the front, in seconds, which is one for all instances."""
 _LONG_CALL_S = 0.002
-"""Calls that take so long in an engine, in seconds, take the front a twentieth of it at most."""
-_PRESENT_GAIN = 0.2
+"""Calls that take so long in an engine on average, in seconds, take the front a small part of it."""
+_UNDER_WAY_GAIN = 0.2
 _BATCHES_PER_INSTANCE = 2
 """Into how many batches the rows of all callers are divided: while one runs, the answers of another go out, and what
 comes for them becomes the next one."""
@@ -84,10 +86,10 @@ class Batcher:
         self._dispatching = False
         self._gathering: asyncio.TimerHandle | None = None
         """Until when calls wait for a batch that is soon over."""
-        self._rows_per_s: dict[str, float] = {}
-        """How many rows of a signature an instance runs in a second, once that is known."""
-        self._present = 0.0
-        """How many rows wait or run when a batch ends: as many as callers have under way."""
+        self._rows_per_s: dict[tuple[str, bool], float] = {}
+        """How many rows an instance runs in a second, once known, by signature and whether calls are splittable."""
+        self._rows_under_way = 0.0
+        """How many rows wait or run when a batch ends: about as many as callers have under way."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed: ServeError | None = None
         self._paused = False
@@ -123,7 +125,7 @@ class Batcher:
         if call.deadline <= now:
             raise ExpiredError("the deadline had passed before the call was queued")
         if not self._has_room(call):
-            rate = self._rows_per_s.get(call.signature, _FIRST_RATE) * self._runner.instances
+            rate = (self._rate(call) or _FIRST_RATE) * self._runner.instances
             wait_s = min(max(self._rows / rate, 0.005), 5.0)
             raise OverloadedError(f"the queue is full: {self._rows} rows wait", retry_after_s=wait_s)
         call.enqueued_at = now
@@ -143,14 +145,14 @@ class Batcher:
             self._room.append(waiter)
             await waiter
 
-    def limit_batches(self, most: int, least: int) -> None:
+    def limit_batches(self, most: int, efficient: int) -> None:
         """Changes how many rows run together from now on.
 
         Args:
             most: the largest batch, in rows.
-            least: with how many rows a batch takes hardly longer per row than with any number; 0 if that is not known.
+            efficient: ``BatchLimits.efficient_batch_size``.
         """
-        self._limits = replace(self._limits, max_batch_size=most, least_batch_size=least)
+        self._limits = replace(self._limits, max_batch_size=most, efficient_batch_size=efficient)
 
     def pause(self) -> None:
         """Stops making batches until ``resume``: calls wait, within the queue's bounds."""
@@ -238,14 +240,16 @@ class Batcher:
             parts = [part for part in retry.parts if not part.call.ended]
             if parts:
                 return Batch(retry.signature, parts)
-        enough = self._rows_of_a_turn()
-        gather = min(self._rows_to_gather(), enough)
-        if self._is_short_of(gather):
+        gather = self._rows_to_gather()
+        suffice = {key: self._rows_that_suffice(queue[0]) for key, queue in self._waiting.items()}
+        if self._is_short_of(min([gather, *suffice.values()])):
             return None
         keys = self._keys_oldest_first()
-        if gather > 1 and not any(close_batch(self._live(key), self._limits, gather=gather) for key in keys):
+        if gather > 1 and not any(
+            close_batch(self._live(key), self._limits, gather=min(gather, suffice[key])) for key in keys
+        ):
             return None
-        return self._close_oldest(keys, enough)
+        return self._close_oldest(keys, suffice)
 
     def _is_short_of(self, rows: float) -> bool:
         """Whether it is plain without a look at the calls that nothing of what waits makes a batch."""
@@ -253,29 +257,44 @@ class Batcher:
         few = self._rows < min(rows, limits.max_batch_size) and self._bytes < limits.max_batch_bytes
         return few and not self._unsplittable
 
-    def _rows_of_a_turn(self) -> float:
+    def _rows_that_suffice(self, call: Call) -> float:
         """Returns with how many rows a batch is full, though more may wait; infinity where that is not known.
 
-        Were all that is there in a batch for each instance, the engine would be idle from their ends until callers
-        have come again, and the front until then. Where calls take long, that is no great share of the time.
+        Were all rows of all callers under way in one batch for each instance, an instance would have nothing to run
+        from the end of its batch until the callers have their answers and call again. Where a call takes long in the
+        engine, that is no great share of the time.
+
+        Args:
+            call: one of those that the batch would be made of.
         """
-        least, rate = self._limits.least_batch_size, self._lowest_rate()
+        rate = self._rate(call)
         calls = sum(map(len, self._waiting.values()))
-        if not least or self._rows >= calls * _LONG_CALL_S * rate:
+        if not self._limits.efficient_batch_size or self._rows >= calls * _LONG_CALL_S * rate:
             return math.inf
-        present = max(self._present, self._rows + sum(one.batch.rows for one in self._in_flight.values()))
-        turn = math.ceil(present / (_BATCHES_PER_INSTANCE * self._runner.instances))
-        return max(turn, least, math.ceil(_WORTH_RUNNING_S * rate))
+        under_way = max(self._rows_under_way, self._rows + self._running_rows)
+        return max(math.ceil(under_way / (_BATCHES_PER_INSTANCE * self._runner.instances)), self._fewest_rows(call))
 
-    def _lowest_rate(self) -> float:
-        """Returns the rows per second of the slowest signature that waits; 0 if that is not known."""
-        return min([self._rows_per_s.get(queue[0].signature, 0.0) for queue in self._waiting.values()], default=0.0)
+    def _fewest_rows(self, call: Call) -> int:
+        """Returns how many rows are to be left together, so that they are worth what a batch costs by itself."""
+        worth_s = max(_WORTH_RUNNING_S, self._runner.instances * _FRONT_S)
+        return max(self._limits.efficient_batch_size, math.ceil(worth_s * self._rate(call)))
 
-    def _close_oldest(self, keys: list[Key], enough: float) -> Batch | None:
+    @property
+    def _running_rows(self) -> int:
+        return sum([one.batch.rows for one in self._in_flight.values()])
+
+    def _rate(self, call: Call) -> float:
+        """Returns how many rows of such calls an instance runs in a second; 0 if that is not known."""
+        return self._rows_per_s.get((call.signature, call.splittable), 0.0)
+
+    def _close_oldest(self, keys: list[Key], suffice: Mapping[Key, float]) -> Batch | None:
         """Takes from the key that has waited longest, full or not: else a busy one would starve it."""
         for key in keys:
             oldest = self._waiting[key][0]
-            most = self._rows_of_a_share(oldest.signature) if oldest.shareable else None
+            most = self._rows_of_a_share(oldest) if oldest.shareable else None
+            enough = suffice[key]
+            if self._rows - enough < self._fewest_rows(oldest):
+                enough = math.inf  # what would be left is not worth a batch
             selection = close_batch(self._live(key), self._limits, most=most, enough=enough)
             if selection is not None:
                 return self._take(key, selection.parts)
@@ -300,7 +319,8 @@ class Batcher:
             until = min(one.soon_over_until for one in soon)
             self._gathering = asyncio.get_running_loop().call_later(until - now, self._gathered_enough)
         fewest = min(one.batch.rows for one in soon)
-        return max(fewest, math.ceil(_WORTH_RUNNING_S * self._lowest_rate()))
+        rates = [self._rate(queue[0]) for queue in self._waiting.values()]
+        return max(fewest, math.ceil(_WORTH_RUNNING_S * min(rates, default=0.0)))
 
     def _gathered_enough(self) -> None:
         self._gathering = None
@@ -311,10 +331,10 @@ class Batcher:
             self._gathering.cancel()
             self._gathering = None
 
-    def _rows_of_a_share(self, signature: str) -> int:
+    def _rows_of_a_share(self, call: Call) -> int:
         """Returns the most rows of a batch, so that no instance is idle while another one has long to run."""
         most, idle = self._limits.max_batch_size, self._runner.instances - len(self._in_flight)
-        rate = self._rows_per_s.get(signature, 0.0)
+        rate = self._rate(call)
         if idle > 1 and self._rows > 1 and rate:
             most = min(most, max(math.ceil(self._rows / idle), math.ceil(_WORTH_SHARING_S * rate)))
         return most
@@ -388,14 +408,13 @@ class Batcher:
         except Exception as error:
             running = asyncio.get_running_loop().create_future()
             running.set_exception(error)
-        seconds = batch.rows / rate if (rate := self._rows_per_s.get(batch.signature)) else math.inf
+        seconds = batch.rows / rate if (rate := self._rate(batch.parts[0].call)) else math.inf
         soon_over_until = self._clock() + _SOON_OVER_S if seconds <= _SOON_OVER_S else 0.0
         self._in_flight[running] = _Running(batch, soon_over_until)
         running.add_done_callback(self._on_end)
 
     def _on_end(self, running: asyncio.Future[BatchOutput]) -> None:
-        present = self._rows + sum(one.batch.rows for one in self._in_flight.values())
-        self._present += _PRESENT_GAIN * (present - self._present)
+        self._rows_under_way += _UNDER_WAY_GAIN * (self._rows + self._running_rows - self._rows_under_way)
         batch = self._in_flight.pop(running).batch
         self._stop_gathering()
         error = asyncio.CancelledError() if running.cancelled() else running.exception()
@@ -446,8 +465,9 @@ class Batcher:
                     )
         if output.engine_time_us > 0:
             rate = rows / (output.engine_time_us / 1e6)
-            before = self._rows_per_s.get(batch.signature, rate)
-            self._rows_per_s[batch.signature] = before + _RATE_GAIN * (rate - before)
+            call = batch.parts[0].call
+            before = self._rate(call) or rate
+            self._rows_per_s[call.signature, call.splittable] = before + _RATE_GAIN * (rate - before)
         cutters = [row_cutter(tensor) for tensor in output.outputs] if batch.parts[0].call.splittable else None
         first = 0
         for part in batch.parts:

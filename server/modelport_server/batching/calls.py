@@ -42,7 +42,7 @@ class Call:
     """Whether idle instances may share its rows though they fit into a batch: what the outputs' sizes follow from could
     come out differently in parts."""
     message: object = None
-    """What it came in together with others, whose answers had better go together, too; None if it came alone."""
+    """Equal for calls that came in one message, whose answers had better go together, too; None if it came alone."""
     movable: bool = False
     """Whether another version may answer it: its caller has named none."""
     enqueued_at: float = 0.0

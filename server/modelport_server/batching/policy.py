@@ -1,6 +1,6 @@
 """Which rows run together: a pure function of what waits, the limits and the clock.
 
-Batching is work-conserving: an idle engine takes whatever waits at once. While batches run, rows
+Batching is work-conserving: an engine that runs nothing takes what waits at once. While batches run, rows
 gather, and a further batch is closed only when it is full or has as many rows as are asked for.
 """
 
@@ -37,7 +37,8 @@ def close_batch(
         limits: bounds of a batch.
         gather: how many rows there have to be if the batch is not full.
         most: how many rows it may have if that is fewer than the limits say.
-        enough: with how many rows it is full, though it may have more: no call and no message is divided for it.
+        enough: with how many rows it is full, though it may have more: for that no call is divided, nor are calls of
+            one message that wait one after another.
     """
     parts: list[tuple[Call, int, int]] = []
     size = rows_left = limits.max_batch_size if most is None else min(most, limits.max_batch_size)

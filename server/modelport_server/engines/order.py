@@ -96,5 +96,5 @@ class Loaded:
     """How many batches it runs at once."""
     best_size: int = 0
     """The fewest rows with which batches are as fast as with any number, in rows per second; 0 if none ran."""
-    least_size: int = 0
+    efficient_size: int = 0
     """With how many rows a batch takes no more than half as long again per row as with any number; 0 if none ran."""

@@ -289,8 +289,8 @@ class EngineProcess:
                     dependent,
                     tuple(self._results),
                     self._parallelism,
-                    message["best_size"],
-                    message["least_size"],
+                    best_size=message["best_size"],
+                    efficient_size=message["efficient_size"],
                 )
             )
             if self._cores is not None:

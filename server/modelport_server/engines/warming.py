@@ -106,12 +106,12 @@ class WarmedUp:
         return max((knee(times) for times in self.spent_s.values()), default=0)
 
     @property
-    def least_size(self) -> int:
+    def efficient_size(self) -> int:
         """With how many rows a batch takes no more than half as long again per row as with any number; 0 if none ran.
 
         Of several signatures or kinds of inputs, the most that any of them takes.
         """
-        return max(map(least_rows, self.spent_s.values()), default=0)
+        return max(map(efficient_rows, self.spent_s.values()), default=0)
 
     def figures(self) -> dict[str, JSON]:
         """Returns it for people."""
@@ -245,11 +245,12 @@ def knee(spent_s: Mapping[int, float]) -> int:
     return min(size for size, rate in rates.items() if rate >= _AS_FAST * best)
 
 
-def least_rows(spent_s: Mapping[int, float]) -> int:
-    """Returns from how many rows on a batch's rows take no more than half as long again as in the largest.
+def efficient_rows(spent_s: Mapping[int, float]) -> int:
+    """Returns from how many rows on a batch takes no more than half as long again per row as with any number.
 
     Times of single sizes are too uncertain for that: a batch is taken to need some time whatever its size, and some
-    for each row, which are fitted with the least squares of relative errors.
+    for each row, which are fitted with the least squares of relative errors. The largest size where the first is so
+    long that none of them is enough.
 
     Args:
         spent_s: how long a batch takes in the engine, in seconds, by its number of rows.

@@ -192,7 +192,7 @@ class _Loading:
                 "golden": verified.examples,
                 "dependent": verified.dependent,
                 "best_size": warm.best_size,
-                "least_size": warm.least_size,
+                "efficient_size": warm.efficient_size,
             }
         )
         return engine.engine

@@ -500,7 +500,7 @@ class ModelRollout:
         if stable is None or stable.servable is None:
             return batch
         served = stable.servable
-        return replace(batch, max_batch_size=served.batch_size, least_batch_size=served.least_batch_size)
+        return replace(batch, max_batch_size=served.batch_size, efficient_batch_size=served.efficient_batch_size)
 
     def _parallelism(self, stable: Tracked | None) -> Parallelism | None:
         """Returns how many batches of a candidate run at once: as many as of the version that it is compared with."""

@@ -59,6 +59,7 @@ class PredictMany:
         self._calls: dict[int, Call] = {}
         self._ended: deque[tuple[_Joined, Answer | BaseException]] = deque()
         self._wake = asyncio.Event()
+        self._message = object()
 
     async def serve(self, raw: bytes) -> None:
         """Answers every request of the message.
@@ -108,7 +109,7 @@ class PredictMany:
         except Exception as error:  # status_of logs what it does not know
             self._ended.append((joined, error))
             return
-        call.message = self
+        call.message = self._message
         call.movable = request.version is None and request.alias is None
         servable.acquire()
         call.future.add_done_callback(partial(self._on_end, joined, servable))
