@@ -74,6 +74,11 @@ def _answered(classes: NDArray[np.int64], said: NDArray[np.int64] | None = None,
     return Call("serving_default", ("serving_default", (2,)), inputs, len(classes), splittable=True, future=future)
 
 
+async def test_what_warming_up_found_bounds_batches(servable: Servable) -> None:
+    assert 1 <= servable.efficient_batch_size <= LARGEST
+    assert servable.batch_size == LARGEST, "it was not asked to choose"
+
+
 async def test_the_engine_compares(servable: Servable) -> None:
     found = await servable.compare(_answered(np.array([3, 1, 4])), look=True)
     assert found.agreeing == {"scores": (3, 3), "version": (3, 3)}
