@@ -32,9 +32,9 @@ of a large size takes longer (``docs/adr/0052``)."""
 _AS_FAST = 0.95
 _LONGER_PER_ROW = 1.5
 _BESIDES_S = 0.005
-"""What a batch of any size costs besides, in seconds of processor time, in the front, in what hands it over, and because
-each finds the other's data in the caches: twice what was measured, since batches that are too small cost more than those
-that are too large (``docs/adr/0053``)."""
+"""What a batch of any size costs besides, in seconds of processor time: in the front, in what hands it over, and since
+each finds the other's data in the caches. Twice what was measured: batches that are too small cost more than those that
+are too large (``docs/adr/0053``)."""
 
 Inputs = Mapping[str, Array]
 Request = tuple[str, Inputs]
