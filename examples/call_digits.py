@@ -7,13 +7,14 @@ python examples/call_digits.py
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
 
 from modelport import Client, ModelportError
 
-ADDRESS = "127.0.0.1:8500"
+ADDRESS = os.environ.get("MODELPORT_SERVER", "127.0.0.1:8500")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ python examples/client_async.py MODEL
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from modelport import AsyncClient, ModelportError
 
-ADDRESS = "127.0.0.1:8500"
+ADDRESS = os.environ.get("MODELPORT_SERVER", "127.0.0.1:8500")
 CALLS = 500
 AT_ONCE = 32
 

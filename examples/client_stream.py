@@ -8,6 +8,7 @@ python examples/client_stream.py MODEL [--follow]
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from modelport import Client, ModelportError, TensorInfo
 
-ADDRESS = "127.0.0.1:8500"
+ADDRESS = os.environ.get("MODELPORT_SERVER", "127.0.0.1:8500")
 ROWS = 64
 
 

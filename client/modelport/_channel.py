@@ -6,7 +6,8 @@ import asyncio
 import ipaddress
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -101,9 +102,12 @@ def checked_addresses(addresses: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: if there is none, or one of them is no address.
     """
-    given = (addresses,) if isinstance(addresses, str) else tuple(addresses)
+    unchecked: Any = addresses  # not everybody has a type checker
+    is_several = isinstance(unchecked, Iterable) and not isinstance(unchecked, str)
+    given: tuple[Any, ...] = tuple(unchecked) if is_several else (unchecked,)
     require(bool(given), "give at least one address, for example 127.0.0.1:8500")
     for address in given:
+        require(isinstance(address, str), f"{address!r} is not an address; write host:port or unix:path")
         if not address.startswith("unix:"):
             split_address(address)
         elif len(given) > 1:

@@ -95,7 +95,9 @@ def verify(
         _print_table(results)
     failed = results[-1]
     if passed:
-        _say(f"{model} version {number} passed all gates")
+        skipped = [result.gate for result in results if result.outcome == "skipped"]
+        but = f" but {' and '.join(skipped)}, which compare it with another: --against VERSION" if skipped else ""
+        _say(f"{model} version {number} passed all gates{but if other is None else ''}")
         return
     _say(f"error: {model} version {number} is rejected at the gate {failed.gate}: {failed.reason}")
     raise typer.Exit(1)

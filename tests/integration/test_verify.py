@@ -91,7 +91,10 @@ def test_without_a_version_to_compare_with_two_gates_are_skipped(registry: Regis
     assert code == 0
     assert "signature  skipped" in stdout
     assert "speed      skipped" in stdout
-    assert stderr.endswith("doubler version 1 passed all gates\n")
+    passed = (
+        "doubler version 1 passed all gates but signature and speed, which compare it with another: --against VERSION"
+    )
+    assert stderr.endswith(f"{passed}\n")
 
 
 @pytest.mark.parametrize(

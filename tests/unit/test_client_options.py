@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -45,6 +45,8 @@ from modelport._retry import Retrier, RetryBudget
         (lambda: StreamOptions(resume_timeout_s=-1), "resume_timeout_s"),
         (lambda: Client([]), "at least one address"),
         (lambda: Client("nowhere"), "is not an address"),
+        (lambda: Client(cast("Any", 8500)), "8500 is not an address"),
+        (lambda: Client(cast("Any", [8500])), "8500 is not an address"),
         (lambda: AsyncClient("host:99999"), "is not an address"),
         (lambda: Client("http://localhost:8500"), "is not an address"),
         (lambda: Client(["unix:/a", "b:1"]), "the one address"),
