@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -102,9 +103,10 @@ def checked_addresses(addresses: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: if there is none, or one of them is no address.
     """
-    unchecked: Any = addresses  # not everybody has a type checker
-    is_several = isinstance(unchecked, Iterable) and not isinstance(unchecked, str)
-    given: tuple[Any, ...] = tuple(unchecked) if is_several else (unchecked,)
+    given: tuple[Any, ...] = (addresses,)  # not everybody has a type checker
+    if not isinstance(addresses, str):
+        with contextlib.suppress(TypeError):
+            given = tuple(addresses)
     require(bool(given), "give at least one address, for example 127.0.0.1:8500")
     for address in given:
         require(isinstance(address, str), f"{address!r} is not an address; write host:port or unix:path")
