@@ -241,7 +241,7 @@ class Batcher:
             if parts:
                 return Batch(retry.signature, parts)
         gather = self._rows_to_gather()
-        suffice = {key: self._rows_that_suffice(queue[0]) for key, queue in self._waiting.items()}
+        suffice = self._rows_that_suffice()
         if self._is_short_of(min([gather, *suffice.values()])):
             return None
         keys = self._keys_oldest_first()
@@ -257,22 +257,23 @@ class Batcher:
         few = self._rows < min(rows, limits.max_batch_size) and self._bytes < limits.max_batch_bytes
         return few and not self._unsplittable
 
-    def _rows_that_suffice(self, call: Call) -> float:
-        """Returns with how many rows a batch is full, though more may wait; infinity where that is not known.
+    def _rows_that_suffice(self) -> dict[Key, float]:
+        """Returns by key with how many rows a batch is full, though more may wait; infinity where that is not known.
 
         Were all rows of all callers under way in one batch for each instance, an instance would have nothing to run
         from the end of its batch until the callers have their answers and call again. Where a call takes long in the
         engine, that is no great share of the time.
-
-        Args:
-            call: one of those that the batch would be made of.
         """
-        rate = self._rate(call)
+        if not self._limits.efficient_batch_size:
+            return dict.fromkeys(self._waiting, math.inf)
         calls = sum(map(len, self._waiting.values()))
-        if not self._limits.efficient_batch_size or self._rows >= calls * _LONG_CALL_S * rate:
-            return math.inf
         under_way = max(self._rows_under_way, self._rows + self._running_rows)
-        return max(math.ceil(under_way / (_BATCHES_PER_INSTANCE * self._runner.instances)), self._fewest_rows(call))
+        part = math.ceil(under_way / (_BATCHES_PER_INSTANCE * self._runner.instances))
+        suffice: dict[Key, float] = {}
+        for key, queue in self._waiting.items():
+            is_long = self._rows >= calls * _LONG_CALL_S * self._rate(queue[0])
+            suffice[key] = math.inf if is_long else max(part, self._fewest_rows(queue[0]))
+        return suffice
 
     def _fewest_rows(self, call: Call) -> int:
         """Returns how many rows are to be left together, so that they are worth what a batch costs by itself."""

@@ -105,7 +105,7 @@ class WarmedUp:
 
         Of several signatures or kinds of inputs, the most that any of them takes.
         """
-        return max((knee(times) for times in self.spent_s.values()), default=0)
+        return max(map(knee, self.spent_s.values()), default=0)
 
     @property
     def efficient_size(self) -> int:
