@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import socketserver
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,7 @@ class Server:
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
+        self._scraped: socketserver.BaseServer | None = None
 
     async def serve(self) -> None:
         """Starts, serves until SIGTERM or SIGINT, and stops.
@@ -92,6 +94,8 @@ class Server:
         self._add_services()
         await self._health.start()
         port = await self._listen()
+        if self._options.metrics_address:
+            self._serve_metrics()
         self._spawn(self._manager.run())
         self._spawn(self._health.follow())
         _log.info(
@@ -129,6 +133,15 @@ class Server:
                 f"can't listen on {self._options.address}: {error.strerror or error}; "
                 "choose another with --address HOST:PORT"
             ) from error
+
+    def _serve_metrics(self) -> None:
+        from modelport_server import metrics
+
+        told = metrics.ServerMetrics(
+            self._board, lambda: self._manager.servables, lambda: list(self._grpc.ended.items())
+        )
+        self._scraped, port = metrics.serve_metrics(self._options.metrics_address, told)
+        _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, port))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -169,6 +182,9 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(self._grpc.close(), self._manager.stop())
+        if self._scraped is not None:
+            await asyncio.to_thread(self._scraped.shutdown)
+            self._scraped.server_close()
         _log.info("stopped")
 
 

@@ -85,6 +85,14 @@ def serve(
     ] = False,
     reuse_port: Annotated[bool, typer.Option(help="Let several servers share the port.")] = False,
     port_file: Annotated[Path | None, typer.Option(help="Write the port to this file once calls are taken.")] = None,
+    metrics_address: Annotated[
+        str,
+        typer.Option(
+            help="Answer Prometheus at http://HOST:PORT/metrics; port 0 for any free one.",
+            envvar="MODELPORT_METRICS_ADDRESS",
+            show_default="nowhere",
+        ),
+    ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Serve the models of a registry over gRPC.
@@ -101,6 +109,8 @@ def serve(
         modelport serve -r models --address unix:/run/modelport.sock
 
         modelport serve -r models --engine openvino --precision digits=bfloat16
+
+        modelport serve -r models --metrics-address 127.0.0.1:8501
     """
     import logging
 
@@ -117,6 +127,7 @@ def serve(
         registry=registry.absolute(),
         models=tuple(model or ()),
         address=address,
+        metrics_address=metrics_address,
         allow_control=allow_control,
         grace_s=grace,
         lame_duck_s=lame_duck,

@@ -45,10 +45,18 @@ def _known_as(field: str) -> str:
 
 
 def _is_address(text: str) -> bool:
-    if text.startswith("unix:"):
-        return len(text) > len("unix:")
+    return len(text) > len("unix:") if text.startswith("unix:") else _is_host_port(text)
+
+
+def _is_host_port(text: str) -> bool:
     host, _, port = text.rpartition(":")
     return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65535
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """Returns the host, without an IPv6 address's brackets, and the port of ``host:port``."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _is_local(address: str) -> bool:
@@ -318,6 +326,9 @@ class ServerOptions:
     """The models to serve; none, the default, means all that the registry has."""
     address: str = DEFAULT_ADDRESS
     """Where to listen: ``host:port``, port 0 for any free one, or ``unix:PATH``."""
+    metrics_address: str = ""
+    """Where to answer scrapes of metrics over HTTP: ``host:port``, port 0 for any free one; empty, the default, for
+    nowhere."""
     allow_control: bool = False
     """Let callers beyond this machine change rollouts too: whoever reaches the port may. Default off."""
     grace_s: float = 10.0
@@ -343,6 +354,10 @@ class ServerOptions:
         _require(
             _is_address(self.address),
             f"--address must be HOST:PORT with a port up to 65535, or unix:PATH, not {shown(self.address)}",
+        )
+        _require(
+            not self.metrics_address or _is_host_port(self.metrics_address),
+            f"--metrics-address must be HOST:PORT with a port up to 65535, not {shown(self.metrics_address)}",
         )
         _require(0 <= self.grace_s <= _DAY_S, "--grace must be 0 s to a day")
         _require("" in self.engines, "engines must have an entry for all other models, under the empty name")

@@ -15,6 +15,7 @@ from modelport.names import DEFAULT_SIGNATURE, shown
 from modelport_registry import Golden, Manifest, SignatureSpec
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, Call
+from modelport_server.batching.counts import Counts
 from modelport_server.engines.ahead import ALL_CORES
 from modelport_server.engines.choice import Attempt, Candidate, EngineChoice
 from modelport_server.engines.cores import CoreSharing
@@ -105,6 +106,8 @@ class Servable:
         self.gates: tuple[GateResult, ...] = ()
         self.retire_streams = Signal()
         self.observers: tuple[Observer, ...] = ()
+        self.engine_deaths = 0
+        """How often its engine process has died."""
         self._observed: dict[Call, None] = {}
         self._copied_at_s = math.inf
         self._order = order
@@ -139,6 +142,16 @@ class Servable:
     def pid(self) -> int:
         """The engine's process id."""
         return self._engine.pid if self._engine is not None else 0
+
+    @property
+    def counts(self) -> Counts:
+        """What has become of its calls."""
+        return self._batcher.counts
+
+    @property
+    def waiting_rows(self) -> int:
+        """How many rows wait for its engine."""
+        return self._batcher.waiting_rows
 
     @property
     def slots(self) -> int:
@@ -210,6 +223,7 @@ class Servable:
             await self._engine.stop()
             why = self._engine.why
             _log.error("%s@%d: the engine died: %s", self.model, self.version, why)
+            self.engine_deaths += 1
             self._crashes.append(monotonic())
             if len(self._crashes) == _CRASHES_TO_REJECT and self._crashes[-1] - self._crashes[0] < _CRASH_WINDOW_S:
                 self._give_up("crash", f"its engine died {_CRASHES_TO_REJECT} times within a minute: {why}")
@@ -323,7 +337,7 @@ class Servable:
         spec = self.signature(signature).spec
         arranged = arrange(spec, to_raw(inputs))
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        call = Call(spec.name, (spec.name, _PROBE), arranged, 1, splittable=False, future=future)
+        call = Call(spec.name, (spec.name, _PROBE), arranged, 1, splittable=False, future=future, uncounted=True)
         self._probes[call] = None
         try:
             await self._batcher.room(call)

@@ -32,7 +32,7 @@ COMMAND_LINE = frozenset({"typer", "rich", "PIL", "matplotlib"})
 OTHERS = {
     "modelport": BASE | {"ml_dtypes"},
     "modelport_registry": BASE,
-    "modelport_server": BASE | {"grpc_health", "grpc_reflection", "hpack", "ml_dtypes", "uvloop"},
+    "modelport_server": BASE | {"grpc_health", "grpc_reflection", "hpack", "ml_dtypes", "prometheus_client", "uvloop"},
     "modelport_trainer": BASE | {"matplotlib", "ml_dtypes", "sklearn"},
 }
 """What of others' each package may import, besides the command line's in its command line's modules."""

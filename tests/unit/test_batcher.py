@@ -10,6 +10,7 @@ import pytest
 
 from modelport_server.batching.batcher import Batcher
 from modelport_server.batching.calls import BatchOutput, Call
+from modelport_server.batching.counts import Counts, Failure
 from modelport_server.errors import EngineDiedError, ExpiredError, ModelFailureError, NotAvailableError, OverloadedError
 from modelport_server.options import BatchLimits
 from modelport_server.tensors import RawTensor
@@ -509,3 +510,47 @@ async def test_a_full_batch_waits_in_the_engine_behind_those_that_run() -> None:
         batcher.submit(new_call([number, number + 1]))
     await settle()
     assert [run.ids for run in engine.runs] == [[0, 1], [2, 3], [4, 5]]
+
+
+async def test_calls_are_counted_by_how_they_ended() -> None:
+    engine = FakeEngine()
+    batcher = _batcher(engine, max_enqueued_rows=4)
+    calls = [new_call([number]) for number in range(4)]
+    first = await _waiting_behind_one(batcher, engine, calls)
+    with pytest.raises(OverloadedError):
+        batcher.submit(new_call([4, 5]))
+    with pytest.raises(ExpiredError):
+        batcher.submit(new_call([6], deadline=0.0))
+    calls[0].future.cancel()
+    calls[1].movable = True
+    assert batcher.take_waiting() == [calls[1]]  # from now on it is another version's
+    first.end.set_result(first.output())
+    await settle()
+    while engine.runs:  # both that are left, and then each by itself
+        run = engine.runs[0]
+        if 3 in run.ids:
+            run.end.set_exception(ModelFailureError("negative", caller_fault=True))
+        else:
+            run.end.set_result(run.output())
+        await settle()
+    calls[1].future.cancel()
+    await settle()
+    counts = batcher.counts
+    assert sum(counts.answered) == 2
+    assert counts.failed == {
+        Failure(OverloadedError): 1,
+        Failure(ExpiredError): 1,
+        Failure(asyncio.CancelledError): 1,
+        Failure(ModelFailureError, caller_fault=True): 1,
+    }
+    assert (counts.batches, counts.rows) == (2, 2)
+    assert counts.answered_s > 0
+
+
+@pytest.mark.parametrize(("seconds", "place"), [(0.0, 0), (0.0005, 0), (0.00051, 1), (10.0, 13), (99.0, 14)])
+async def test_the_class_of_a_time_is_that_of_the_least_bound_that_it_is_not_over(seconds: float, place: int) -> None:
+    counts = Counts()
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    counts.end(future, seconds)
+    assert counts.answered.index(1) == place

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from modelport_server.batching.calls import Answer, Batch, BatchOutput, BatchRunner, Call, Key, Part
+from modelport_server.batching.counts import Counts
 from modelport_server.batching.policy import close_batch
 from modelport_server.errors import (
     ExpiredError,
@@ -95,6 +96,8 @@ class Batcher:
         self._paused = False
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_at = float("inf")
+        self.counts = Counts()
+        """Of all calls but the server's own."""
 
     @property
     def waiting_rows(self) -> int:
@@ -119,24 +122,31 @@ class Batcher:
             NotAvailableError: if the batcher is closed.
             ExpiredError: if the call's deadline has passed.
         """
-        if self._closed is not None:
-            raise self._closed
         now = self._clock()
-        if call.deadline <= now:
-            raise ExpiredError("the deadline had passed before the call was queued")
-        if not self._has_room(call):
-            rate = (self._rate(call) or _FIRST_RATE) * self._runner.instances
-            wait_s = min(max(self._rows / rate, 0.005), 5.0)
-            raise OverloadedError(f"the queue is full: {self._rows} rows wait", retry_after_s=wait_s)
+        if (refusal := self._refusal(call, now)) is not None:
+            self.counts.refuse(refusal)
+            raise refusal
         call.enqueued_at = now
         call.queued = True
         self._waiting.setdefault(call.key, deque()).append(call)
         self._rows += call.rows
         self._bytes += call.bytes
         self._unsplittable += not call.splittable
-        call.future.add_done_callback(lambda _: self._drop(call))
+        call.future.add_done_callback(lambda _: self._on_call_ended(call))
         self._watch_deadline(call.deadline)
         self._dispatch_soon(call.future.get_loop())
+
+    def _refusal(self, call: Call, now: float) -> ServeError | None:
+        """Returns why a call can't be queued."""
+        if self._closed is not None:
+            return self._closed
+        if call.deadline <= now:
+            return ExpiredError("the deadline had passed before the call was queued")
+        if not self._has_room(call):
+            rate = (self._rate(call) or _FIRST_RATE) * self._runner.instances
+            wait_s = min(max(self._rows / rate, 0.005), 5.0)
+            return OverloadedError(f"the queue is full: {self._rows} rows wait", retry_after_s=wait_s)
+        return None
 
     async def room(self, call: Call) -> None:
         """Returns when ``call`` fits into the queue, for callers that can wait instead of failing."""
@@ -182,6 +192,7 @@ class Batcher:
         waiting = [call for call in calls if call.movable and not call.taken_rows and not call.ended]
         for call in waiting:
             self._drop(call)
+            call.uncounted = True
         return sorted(waiting, key=lambda call: call.enqueued_at)
 
     def _has_room(self, call: Call) -> bool:
@@ -191,6 +202,11 @@ class Batcher:
             self._rows + call.rows <= self._limits.max_enqueued_rows
             and self._bytes + call.bytes <= self._limits.max_enqueued_bytes
         )
+
+    def _on_call_ended(self, call: Call) -> None:
+        self._drop(call)
+        if not call.uncounted:
+            self.counts.end(call.future, self._clock() - call.enqueued_at)
 
     def _drop(self, call: Call) -> None:
         """Takes a call that has ended out of the queue, if it is there."""
@@ -464,6 +480,8 @@ class Batcher:
                     raise ModelFailureError(
                         f"the model's output {tensor.name!r} has shape {list(tensor.shape)} for {rows} rows"
                     )
+        if not batch.parts[0].call.uncounted:
+            self.counts.run(rows, output.engine_time_us)
         if output.engine_time_us > 0:
             rate = rows / (output.engine_time_us / 1e6)
             call = batch.parts[0].call

@@ -45,6 +45,8 @@ class Call:
     """Equal for calls that came in one message, whose answers had better go together, too; None if it came alone."""
     movable: bool = False
     """Whether another version may answer it: its caller has named none."""
+    uncounted: bool = False
+    """Whether metrics leave it out: it is the server's own, or counts as another one's."""
     enqueued_at: float = 0.0
     first_run_at: float = 0.0
     queued: bool = False

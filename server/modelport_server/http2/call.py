@@ -61,7 +61,9 @@ class ServerCall:
         "_timer",
         "_trailers",
         "_writers",
+        "code",
         "deadline",
+        "method",
         "stream",
         "task",
     )
@@ -72,6 +74,10 @@ class ServerCall:
         """When it expires, on the monotonic clock."""
         self.task: asyncio.Task[None] | None = None
         """Its handler's."""
+        self.method = ""
+        """Its path, if the server has such a method."""
+        self.code = grpc.StatusCode.CANCELLED
+        """What its caller is told at the end; CANCELLED if it gave up before."""
         self._connection = connection
         self._half_closed = half_closed
         self._room = STREAM_WINDOW
@@ -242,6 +248,7 @@ class ServerCall:
     def answer(self, message: bytes) -> None:
         """Sends the only message and ends the call well."""
         if not self._ended:
+            self.code = grpc.StatusCode.OK
             self._send(message, headers.OK)
 
     def _send(self, message: bytes, trailers: bytes = b"") -> None:
@@ -323,15 +330,19 @@ class ServerCall:
 
     def end(self) -> None:
         """Ends the call well, once what was written is on its way."""
+        if self._ended:
+            return
+        self.code = grpc.StatusCode.OK
         if self._outgoing:
             self._trailers = headers.OK
             self._limit()
-        elif not self._ended:
+        else:
             self._finish(headers.OK)
 
     def fail(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         """Ends the call with a status; what was written and is not on its way is dropped."""
         if not self._ended:
+            self.code = code
             self._finish(headers.trailers(code, details, metadata))
             self._cancel_handler()
 
@@ -349,12 +360,14 @@ class ServerCall:
             grpc.aio.AbortError: always.
         """
         if not self._ended:
+            self.code = code
             self._finish(headers.trailers(code, details, tuple(trailing_metadata)))
         raise _aio.AbortError
 
     def give_up(self) -> None:
         """Ends a call whose caller does not want it any more, or is gone."""
         if not self._ended:
+            self.code = grpc.StatusCode.CANCELLED
             self._close()
             self._cancel_handler()
 

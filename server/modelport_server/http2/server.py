@@ -21,6 +21,7 @@ from modelport_server.http2 import frames
 from modelport_server.http2.call import END_OF_STREAM, ServerCall
 from modelport_server.http2.connection import Connection
 from modelport_server.http2.headers import RequestHead
+from modelport_server.options import split_host_port
 
 _log = logging.getLogger(__name__)
 _aio: Any = grpc.aio
@@ -87,6 +88,9 @@ class GrpcServer:
         self._connections: dict[Connection, None] = {}
         self._calls: dict[ServerCall, bool] = {}
         """Whether ``stop`` waits for it, by call."""
+        self.ended: dict[tuple[str, grpc.StatusCode], int] = {}
+        """How many calls have ended, by method and by what their callers were told; methods that there are not have an
+        empty name."""
         self._awaited = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,8 +122,7 @@ class GrpcServer:
             self._servers.append(await loop.create_unix_server(self._connection, path, backlog=_BACKLOG))
             self._note_socket(path)
             return 0
-        host, _, text = address.rpartition(":")
-        host, port = host.removeprefix("[").removesuffix("]"), int(text)
+        host, port = split_host_port(address)
         places = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         missing: OSError | None = None
         for family, place in dict.fromkeys((family, place) for family, _, _, _, place in places):
@@ -231,6 +234,8 @@ class GrpcServer:
             call.refuse(head.http_status)
             return
         method, taskless = self._methods.get(head.path) or self._find(head.path)
+        call.method = head.path if method is not None else ""
+        call.add_done_callback(self._count)
         if head.too_large:
             call.fail(code.RESOURCE_EXHAUSTED, "the headers are too large")
         elif method is None:
@@ -263,6 +268,10 @@ class GrpcServer:
                 self._methods[path] = method, taskless
                 return self._methods[path]
         return None, False
+
+    def _count(self, call: ServerCall) -> None:
+        key = call.method, call.code
+        self.ended[key] = self.ended.get(key, 0) + 1
 
     def _on_end(self, call: ServerCall) -> None:
         if call.task is None or call.task.done():

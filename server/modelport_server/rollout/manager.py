@@ -18,6 +18,7 @@ from modelport_server.options import ServerOptions
 from modelport_server.rollout.model import ModelRollout, ModelView
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
+from modelport_server.servable import Servable
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +175,11 @@ class RolloutManager:
         for name in sorted((missing | (self._options.engines.keys() - view.keys() - {""})) - self._waiting_for):
             _log.warning("%s: the registry has no such model yet; waiting for it", name)
             self._waiting_for.add(name)
+
+    @property
+    def servables(self) -> list[Servable]:
+        """Those of all models that are loaded or being loaded."""
+        return [servable for rollout in list(self._models.values()) for servable in rollout.servables]
 
     async def stop(self) -> None:
         """Ends every engine, and what engines are forked from; a model that fails to end keeps no other from it."""

@@ -133,6 +133,11 @@ class ModelRollout:
         return any(one.servable is not None and one.servable.has_callers for one in self._versions.values())
 
     @property
+    def servables(self) -> list[Servable]:
+        """Those that are loaded or being loaded."""
+        return [one.servable for one in list(self._versions.values()) if one.servable is not None]
+
+    @property
     def copied_to(self) -> int:
         """The engine process that gets copies of calls and nothing else; 0 for none."""
         servable = self._bake.copied_to

@@ -58,12 +58,25 @@ class Status:
         return int(self.code.value[0])
 
 
+def code_of(kind: type[BaseException], *, caller_fault: bool = False) -> grpc.StatusCode:
+    """Returns the code for errors of a kind.
+
+    Args:
+        kind: their type; ``asyncio.CancelledError`` for callers that gave up.
+        caller_fault: whether a model failed on what the caller had sent.
+    """
+    if caller_fault:
+        return grpc.StatusCode.INVALID_ARGUMENT
+    if issubclass(kind, asyncio.CancelledError):
+        return grpc.StatusCode.CANCELLED
+    return next((code for known, code in _CODES.items() if known is kind), grpc.StatusCode.INTERNAL)
+
+
 def status_of(error: BaseException) -> Status:
     """Returns the status for ``error``; one that is not known is logged and answered with an id alone."""
     if isinstance(error, errors.ServeError) and type(error) in _CODES:
-        code = _CODES[type(error)]
-        if isinstance(error, errors.ModelFailureError) and error.caller_fault:
-            code = grpc.StatusCode.INVALID_ARGUMENT
+        fault = isinstance(error, errors.ModelFailureError) and error.caller_fault
+        code = code_of(type(error), caller_fault=fault)
         retry_ms = max(1, round(error.retry_after_s * 1000)) if error.retry_after_s is not None else 0
         return Status(code, _cut(str(error)), retry_ms)
     if isinstance(error, RegistryError):

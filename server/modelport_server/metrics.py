@@ -1,0 +1,191 @@
+"""Metrics over HTTP, in the formats of Prometheus and OpenMetrics. Imported only where they are asked for.
+
+What they tell is what the status board and the servables hold anyway: nothing is done for them while calls are
+answered but to count. A scrape reads that in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import socketserver
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import grpc
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from modelport_server.batching.counts import BOUNDS_S, Counts
+from modelport_server.errors import StartError
+from modelport_server.options import split_host_port
+from modelport_server.rollout.status import StatusBoard
+from modelport_server.rpc.status import code_of
+from modelport_server.servable import Servable
+
+Ended = Iterable[tuple[tuple[str, grpc.StatusCode], int]]
+"""How many calls have ended, by method and code."""
+_VERSION = ("model", "version")
+
+
+class ServerMetrics(Collector):
+    """Reads what there is to tell.
+
+    Args:
+        board: the state of every version.
+        servables: returns those that are loaded.
+        ended: returns what has become of the calls of each gRPC method.
+    """
+
+    def __init__(
+        self, board: StatusBoard, servables: Callable[[], Sequence[Servable]], ended: Callable[[], Ended]
+    ) -> None:
+        self._board = board
+        self._servables = servables
+        self._ended = ended
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every metric as it is now."""
+        yield from self._of_versions()
+        yield from self._of_calls()
+        yield self._handled()
+
+    def _of_versions(self) -> Iterator[Metric]:
+        serving = GaugeMetricFamily(
+            "modelport_serving_version", "The version that answers calls which name none.", labels=["model"]
+        )
+        state = GaugeMetricFamily(
+            "modelport_version_state", "1 for the state that a version is in.", labels=[*_VERSION, "state"]
+        )
+        engine = InfoMetricFamily("modelport_engine", "What a version runs on.", labels=[*_VERSION])
+        choice = InfoMetricFamily(
+            "modelport_engine_choice",
+            "How each engine did that was tried: the reason is empty for the one that was taken.",
+            labels=[*_VERSION],
+        )
+        row = GaugeMetricFamily(
+            "modelport_engine_choice_row_seconds",
+            "What a row took in the median when engines were compared, by the size of the batch in rows.",
+            labels=[*_VERSION, "engine", "parallelism", "rows"],
+        )
+        instances = _gauge("modelport_engine_instances", "How many batches of a version run at once.")
+        threads = _gauge("modelport_engine_threads", "How many threads each of them has.")
+        largest = _gauge("modelport_max_batch_rows", "The most rows that run together.")
+        golden = _gauge("modelport_golden_examples", "How many golden examples a version reproduced here.")
+        for model in self._board.models():
+            if model.serving is not None:
+                serving.add_metric([model.name], model.serving)
+            for version in model.versions:
+                labels = [model.name, str(version.version)]
+                state.add_metric([*labels, version.state.value], 1)
+                if version.engine:
+                    engine.add_metric(labels, {"engine": version.engine})
+                    largest.add_metric(labels, version.max_batch_size)
+                    golden.add_metric(labels, version.golden_examples)
+                if version.parallelism is not None:
+                    instances.add_metric(labels, version.parallelism.instances)
+                    threads.add_metric(labels, version.parallelism.threads)
+                for number, attempt in enumerate(version.engines):
+                    told = {"attempt": str(number), "engine": attempt.engine, "reason": attempt.reason}
+                    choice.add_metric(labels, {**told, "parallelism": attempt.parallelism})
+                    for rows, ms in attempt.row_ms.items():
+                        row.add_metric([*labels, attempt.engine, attempt.parallelism, str(rows)], ms / 1e3)
+        return iter([serving, state, engine, choice, row, instances, threads, largest, golden])
+
+    def _of_calls(self) -> Iterator[Metric]:
+        calls = CounterMetricFamily(
+            "modelport_calls",
+            "Calls and messages of streams that reached a version, by how they ended.",
+            labels=[*_VERSION, "grpc_code"],
+        )
+        seconds = HistogramMetricFamily(
+            "modelport_call_seconds", "From when a call was queued to its answer.", labels=[*_VERSION]
+        )
+        rows = _counter("modelport_rows", "Rows that the engine has run.")
+        batches = _counter("modelport_batches", "Batches that the engine has run.")
+        busy = _counter("modelport_engine_seconds", "How long the engine took for them, all instances together.")
+        deaths = _counter("modelport_engine_deaths", "How often the engine process has died.")
+        waiting = _gauge("modelport_waiting_rows", "Rows that wait for the engine.")
+        under_way = _gauge("modelport_calls_under_way", "Calls that have no answer yet.")
+        for servable in self._servables():
+            labels = [servable.model, str(servable.version)]
+            counts = servable.counts
+            answered, below = sum(counts.answered), _below(counts)
+            calls.add_metric([*labels, grpc.StatusCode.OK.name], answered)
+            for name, number in _failed(counts):
+                calls.add_metric([*labels, name], number)
+            seconds.add_metric(labels, below, counts.answered_s)
+            rows.add_metric(labels, counts.rows)
+            batches.add_metric(labels, counts.batches)
+            busy.add_metric(labels, counts.engine_time_us / 1e6)
+            deaths.add_metric(labels, servable.engine_deaths)
+            waiting.add_metric(labels, servable.waiting_rows)
+            under_way.add_metric(labels, servable.leases)
+        return iter([calls, seconds, rows, batches, busy, deaths, waiting, under_way])
+
+    def _handled(self) -> Metric:
+        handled = CounterMetricFamily(
+            "grpc_server_handled",
+            "RPCs that have ended, whatever they were; a stream is one.",
+            labels=["grpc_service", "grpc_method", "grpc_code"],
+        )
+        for (path, code), number in self._ended():
+            service, _, method = path.removeprefix("/").rpartition("/")
+            handled.add_metric([service or "unknown", method or "unknown", code.name], number)
+        return handled
+
+
+def _gauge(name: str, text: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, labels=[*_VERSION])
+
+
+def _counter(name: str, text: str) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, labels=[*_VERSION])
+
+
+def _below(counts: Counts) -> list[tuple[str, float]]:
+    """Returns how many calls took no longer, by each bound."""
+    bounds = [*map(str, BOUNDS_S), "+Inf"]
+    return list(zip(bounds, accumulate(counts.answered), strict=True))
+
+
+def _failed(counts: Counts) -> list[tuple[str, int]]:
+    by_code: dict[str, int] = {}
+    for failure, number in list(counts.failed.items()):
+        name = code_of(failure.kind, caller_fault=failure.caller_fault).name
+        by_code[name] = by_code.get(name, 0) + number
+    return sorted(by_code.items())
+
+
+def serve_metrics(address: str, metrics: ServerMetrics) -> tuple[socketserver.BaseServer, int]:
+    """Answers scrapes at ``http://HOST:PORT/metrics``, and at any other path, from a thread of its own.
+
+    Args:
+        address: ``host:port``, port 0 for any free one.
+        metrics: what is told, besides what the operating system knows of this process.
+
+    Returns:
+        What ends it when its ``shutdown`` and then its ``server_close`` are called, and the port.
+
+    Raises:
+        StartError: if it can't listen there.
+    """
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    ProcessCollector(registry=registry)
+    host, port = split_host_port(address)
+    try:
+        started: Any = start_http_server(port, host, registry)
+    except OSError as error:
+        why = error.strerror or error
+        raise StartError(
+            f"can't listen on {address}: {why}; choose another with --metrics-address HOST:PORT"
+        ) from error
+    server = started[0]
+    return server, int(server.server_port)
