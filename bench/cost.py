@@ -70,11 +70,16 @@ def measure(stage: Stage, case: Case, seconds: float) -> dict[str, Any]:
     return {"case": case.name} | result | {"us": {name: s / messages * 1e6 for name, s in parts.items()}}
 
 
-def draw(stage: Stage, path: Path) -> None:
-    """Writes a flame graph of the front while it answers single rows."""
-    program = shutil.which("py-spy")
+def profiler() -> str:
+    """Returns where py-spy is: beside the Python that runs this, or else on the path."""
+    program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if program is None:
         sys.exit("error: py-spy is not installed: pip install py-spy")
+    return program
+
+
+def draw(stage: Stage, program: str, path: Path) -> None:
+    """Writes a flame graph of the front while it answers single rows."""
     case = next(case for case in CASES if case.name == _FLAME_CASE)
     say(f"sampling the front for {_FLAME_S:.0f} s")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +121,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
+    program = profiler() if options.flame is not None else ""
     tools = Path("build/bench/tools").resolve()
     tools.mkdir(parents=True, exist_ok=True)
     loadgen = build_loadgen(tools)
@@ -129,7 +135,7 @@ def main(arguments: Sequence[str]) -> None:
                 say(f"round {number + 1} of {options.rounds}")
                 rows += [{"round": number} | measure(stage, case, options.seconds) for case in CASES]
             if options.flame is not None:
-                draw(stage, options.flame)
+                draw(stage, program, options.flame)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     about = machine.describe()

@@ -49,6 +49,8 @@ def bench(
     callers: Annotated[
         list[int] | None,
         typer.Option(
+            "--callers",
+            "--concurrency",
             help="Closed loop: so many callers or streams, each calling again once it is answered; again for more.",
             show_default="1, 4, 16, 64",
         ),
@@ -109,13 +111,17 @@ def bench(
     _print(stages)
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        typer.echo(f"wrote {json_file}", err=True)
     if picture is not None:
         _draw(picture, f"{model} version {version.version}, {version.engine}", stages)
+        typer.echo(f"wrote {picture}", err=True)
     failed = sum(sum(stage.errors.values()) + stage.not_sent for stage in stages)
     if failed:
+        from modelport.cli_output import counted
+
         reasons = list(dict.fromkeys(reason for stage in stages for reason in stage.errors))
         typer.echo(
-            f"error: {failed:,} calls failed or were not sent: {'; '.join(reasons[:3]) or 'the rate is too high'}",
+            f"error: {counted(failed, 'call')} failed or could not be sent: {'; '.join(reasons[:3]) or 'the rate is too high'}",
             err=True,
         )
         raise typer.Exit(1)
@@ -189,11 +195,13 @@ def _plans(
 
 
 def _text(load: Load) -> str:
-    what = f"{load.rows} row{'s' if load.rows > 1 else ''} a {'call' if load.mode == 'unary' else 'message'}"
+    from modelport.cli_output import counted
+
+    what = f"{counted(load.rows, 'row')} a {'call' if load.mode == 'unary' else 'message'}"
     if load.rate:
         return f"{what}, {load.rate:g} a second"
     who = "caller" if load.mode == "unary" else "stream"
-    return f"{what}, {load.callers} {who}{'s' if load.callers > 1 else ''}"
+    return f"{what}, {counted(load.callers, who)}"
 
 
 def random_inputs(spec: SignatureInfo) -> dict[str, NDArray[Any]]:
@@ -372,6 +380,8 @@ def _draw(path: Path, title: str, stages: Sequence[Stage]) -> None:
     """Draws the median and p99 against the rate, a line for each number of rows and kind of loop."""
     from matplotlib.figure import Figure
 
+    from modelport.cli_output import counted
+
     figure: Any = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     kinds: dict[tuple[int, str], list[Stage]] = {}
@@ -386,7 +396,7 @@ def _draw(path: Path, title: str, stages: Sequence[Stage]) -> None:
                 line,
                 marker="o",
                 color=f"C{number}",
-                label=f"{rows} row{'s' if rows > 1 else ''}, {loop} loop, {percentile}",
+                label=f"{counted(rows, 'row')}, {loop} loop, {percentile}",
             )
     axes.set(title=title, xlabel="rows per second", ylabel="latency in ms")
     axes.set_yscale("log")

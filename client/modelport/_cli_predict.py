@@ -127,10 +127,12 @@ def _run_rows(runner: _Model, source: Source, batch_rows: int, sink: Sink, progr
             count = len(next(iter(outputs.values()), ()))
             rows += count
             bar.advance(count)
+    from modelport.cli_output import counted
+
     elapsed_s = time.monotonic() - started
     named = ", ".join(map(str, versions)) or "none"
     typer.echo(
-        f"{rows:,} rows in {elapsed_s:.2f} s ({rows / max(elapsed_s, 1e-9):,.0f} rows/s), "
+        f"{counted(rows, 'row')} in {elapsed_s:.2f} s ({rows / max(elapsed_s, 1e-9):,.0f} rows/s), "
         f"version{'s' if len(versions) > 1 else ''} {named}",
         err=True,
     )

@@ -29,6 +29,11 @@ class Column:
     """Whether its texts may take several lines."""
 
 
+def counted(count: int, what: str) -> str:
+    """Returns a number of things for people: ``1 row``, ``2,000 rows``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def print_json(document: Any) -> None:
     """Prints one JSON document.
 

@@ -409,13 +409,17 @@ def collect_garbage(
             }
         )
         return
+    from modelport.cli_output import counted
+
     done = "would remove" if dry_run else "removed"
     for name, versions in report.removed.items():
         _print(f"{done} {name} {_numbers(versions)}")
     for name, versions in report.leased.items():
         _print(f"kept {name} {_numbers(versions)}: a server holds it")
     count = sum(map(len, report.removed.values()))
-    _print(f"{done} {count} versions and {report.leftovers} leftovers, {_size(report.freed_bytes)}")
+    _print(
+        f"{done} {counted(count, 'version')} and {counted(report.leftovers, 'leftover')}, {_size(report.freed_bytes)}"
+    )
 
 
 def _show_version(store: Registry, manifest: Manifest) -> None:

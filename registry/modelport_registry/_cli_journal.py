@@ -136,6 +136,8 @@ def _detail(name: str, value: object) -> str:
         return f"stable={change.get('before') or 'none'}->{change.get('after') or 'none'}"
     if name == "aliases" and isinstance(value, Sequence):
         return f"aliases={','.join(map(str, cast('Sequence[object]', value)))}"
+    if value is None:
+        return f"{name}=none"
     if name.endswith("sha256"):
         return f"{name}={str(value)[:_DIGEST_SHOWN]}"
     if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):

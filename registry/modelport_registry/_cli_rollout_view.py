@@ -220,12 +220,12 @@ def _traffic_cells(version: RolloutVersion) -> list[Text]:
     traffic = version.traffic
     if traffic is None:
         return [Text("-", "dim")] * len(_TRAFFIC)
+    answered = traffic.calls > traffic.errors
     return [
         Text(f"{traffic.calls:,}"),
         Text(f"{traffic.calls_per_s:,.0f}" if traffic.calls_per_s >= 10 else f"{traffic.calls_per_s:.1f}"),
         Text(f"{traffic.errors:,}", "bold red" if traffic.errors else "dim"),
-        Text(_milliseconds(traffic.p50_ms)),
-        Text(_milliseconds(traffic.p99_ms)),
+        *(Text(_milliseconds(ms)) if answered else Text("-", "dim") for ms in (traffic.p50_ms, traffic.p99_ms)),
     ]
 
 

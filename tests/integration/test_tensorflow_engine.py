@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def test_a_model_with_variables_runs_in_a_session(tmp_path: Path) -> None:
     np.testing.assert_allclose(outputs["y"], np.repeat(X.sum(axis=1, keepdims=True) / 2, 3, axis=1))
     np.testing.assert_array_equal(outputs["same"], X)
     np.testing.assert_array_equal(outputs["again"], X)
+
+
+def test_a_gpu_would_compute_in_float32_and_share_its_memory() -> None:
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    engine = TensorFlowEngine()
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    assert ("on GPU" in engine.name) == bool(tf.config.list_physical_devices("GPU"))
 
 
 def test_tables_and_texts_run_in_a_session(tmp_path: Path) -> None:

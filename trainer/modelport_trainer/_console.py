@@ -12,6 +12,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from modelport.cli_output import counted
+
 if TYPE_CHECKING:
     from modelport_registry import Published
     from modelport_trainer.data import DataReport
@@ -48,7 +50,7 @@ class ConsoleListener:
         """Prints what the data was found to be."""
         self._out.print(data_table(report))
         for removal in report.removed:
-            self._out.print(f"removed from {removal.split}: {removal.rows:,} rows, {removal.reason}")
+            self._out.print(f"removed from {removal.split}: {counted(removal.rows, 'row')}, {removal.reason}")
         for note in report.notes:
             self._out.print(f"noticed: {note}")
 

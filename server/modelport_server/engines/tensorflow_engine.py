@@ -52,7 +52,11 @@ class TensorFlowEngine:
                 )
             # Read with the first operation: https://oneapi-src.github.io/oneDNN/group_dnnl_api_fpmath_mode.html
             os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = "BF16"
+        # Each version has a process of its own, and the first one would take all of a GPU's memory.
+        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
         self._tf = import_tensorflow()
+        if precision == FLOAT32:  # GPUs from Ampere on would multiply in TensorFloat-32, of 10 bits, unasked
+            self._tf.config.experimental.enable_tensor_float_32_execution(False)
         if parallelism.threads:
             # All sessions share one pool; with a single thread an operation runs on the thread that it is called on.
             pool = 1 if parallelism.threads == 1 else parallelism.threads * parallelism.instances
@@ -65,9 +69,13 @@ class TensorFlowEngine:
 
     @property
     def name(self) -> str:
-        """The engine and its version, the precision if it is not float32, and whether it runs a model eagerly."""
-        precision = "" if self._precision == FLOAT32 else f" {self._precision}"
-        return f"tensorflow {self._tf.__version__}{precision}{' eagerly' if self._model is not None else ''}"
+        """The engine and its version, and what is not as usual: the precision, a GPU, a model that it runs eagerly."""
+        unusual = [] if self._precision == FLOAT32 else [self._precision]
+        if self._tf.config.list_logical_devices("GPU"):
+            unusual.append("on GPU")
+        if self._model is not None:
+            unusual.append("eagerly")
+        return " ".join([f"tensorflow {self._tf.__version__}", *unusual])
 
     def load(self, path: Path, signatures: Sequence[str]) -> None:
         """Loads the SavedModel at ``path``.
