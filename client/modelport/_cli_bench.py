@@ -120,10 +120,8 @@ def bench(
         from modelport.cli_output import counted
 
         reasons = list(dict.fromkeys(reason for stage in stages for reason in stage.errors))
-        typer.echo(
-            f"error: {counted(failed, 'call')} failed or could not be sent: {'; '.join(reasons[:3]) or 'the rate is too high'}",
-            err=True,
-        )
+        why = "; ".join(reasons[:3]) or "the rate is too high"
+        typer.echo(f"error: {counted(failed, 'call')} failed or could not be sent: {why}", err=True)
         raise typer.Exit(1)
 
 
