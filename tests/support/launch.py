@@ -37,9 +37,10 @@ def program(*, stub: bool = False, hold: Path | None = None, spare: bool = False
     return "tests.support.launch", json.dumps(settings)
 
 
-def _run_stub(
+def run_stub(
     module: str, arguments: Sequence[int], fds: Sequence[int], environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
+    """Runs a module of the engines' with ``StubEngine`` in it; takes the place of ``ahead.run_module``."""
     # The module's own name, because engine processes are known by it.
     command = [sys.executable, "-m", "tests.support.stub_engine", f"modelport_server.engines.{module}"]
     command += map(str, arguments)
@@ -47,7 +48,8 @@ def _run_stub(
     return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment, process_group=0)
 
 
-def _compare_speed_at_once(*versions: Any, **options: Any) -> Awaitable[GateResult]:
+def compare_speed_at_once(*versions: Any, **options: Any) -> Awaitable[GateResult]:
+    """Takes the place of ``compare_speed`` where all versions are stubs."""
     return compare_speed(*versions, **options | {"budget_s": _SPEED_S, "has_callers": lambda: False})
 
 
@@ -62,8 +64,8 @@ def main() -> None:
     if settings["stub"]:
         os.environ[HOLD] = settings["hold"]
         for module in (ahead, spawner):
-            setattr(module, "run_module", _run_stub)  # noqa: B010 - it is not ours
-        setattr(model, "compare_speed", _compare_speed_at_once)  # noqa: B010
+            setattr(module, "run_module", run_stub)  # noqa: B010 - it is not ours
+        setattr(model, "compare_speed", compare_speed_at_once)  # noqa: B010
     if settings["spare"]:
         setattr(SpareTime, "there_is", _always)  # noqa: B010
     modelport()

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from modelport_server.options import ServerOptions
+from modelport_registry import Registry
+from modelport_server.engines import ahead, spawner
+from modelport_server.options import EngineRules, ServerOptions
 from modelport_server.rollout import manager as managers
+from modelport_server.rollout import model as models
 from modelport_server.rollout.manager import RolloutManager
 from modelport_server.rollout.model import ModelRollout
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
+from tests.support.launch import compare_speed_at_once, run_stub
 from tests.support.server import wait_for
+from tests.support.stub_engine import HOLD, stub_golden, write_stub
 
 
 async def test_a_model_that_fails_to_end_leaves_nothing_behind(
@@ -53,3 +58,41 @@ async def test_a_model_that_fails_to_end_leaves_nothing_behind(
     await manager.stop()
     assert ended == ["the first model", "the second model", "the zygote"]
     assert "a: its engines could not be ended" in caplog.text
+
+
+async def test_a_candidate_s_batches_are_those_of_the_version_that_it_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOLD, "")
+    for module in (ahead, spawner):
+        monkeypatch.setattr(module, "run_module", run_stub)
+    monkeypatch.setattr(models, "compare_speed", compare_speed_at_once)
+    registry = Registry(tmp_path / "registry")
+
+    def publish(tag: int) -> None:
+        registry.publish("m", write_stub(tmp_path / f"stub-{tag}", tag), golden=[stub_golden(tag)])
+
+    options = ServerOptions(registry=registry.root, engines={"": EngineRules(engine="tensorflow")})
+    board, router = StatusBoard(), Router()
+    manager = RolloutManager(options, router, board)
+    running = asyncio.create_task(manager.run())
+
+    def in_charge() -> int | None:
+        status = board.model("m")
+        return status.serving if status is not None else None
+
+    try:
+        publish(1)
+        await asyncio.to_thread(wait_for, lambda: in_charge() == 1, "the first version")
+        first = router.resolve("m")
+        first.batch_size, first.efficient_batch_size = 77, 33
+        publish(2)
+        await asyncio.to_thread(wait_for, lambda: in_charge() == 2, "the second version")
+        second = router.resolve("m")
+        assert (second.version, second.batch_size, second.efficient_batch_size) == (2, 77, 33)
+        assert {servable.version for servable in manager.servables} <= {1, 2}
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await manager.stop()
