@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from modelport.cli_output import counted
 from modelport.exceptions import InputError, ModelportError
 from modelport.names import DEFAULT_ADDRESS, DEFAULT_SIGNATURE
 
@@ -49,8 +50,6 @@ def bench(
     callers: Annotated[
         list[int] | None,
         typer.Option(
-            "--callers",
-            "--concurrency",
             help="Closed loop: so many callers or streams, each calling again once it is answered; again for more.",
             show_default="1, 4, 16, 64",
         ),
@@ -117,8 +116,6 @@ def bench(
         typer.echo(f"wrote {picture}", err=True)
     failed = sum(sum(stage.errors.values()) + stage.not_sent for stage in stages)
     if failed:
-        from modelport.cli_output import counted
-
         reasons = list(dict.fromkeys(reason for stage in stages for reason in stage.errors))
         why = "; ".join(reasons[:3]) or "the rate is too high"
         typer.echo(f"error: {counted(failed, 'call')} failed or could not be sent: {why}", err=True)
@@ -193,8 +190,6 @@ def _plans(
 
 
 def _text(load: Load) -> str:
-    from modelport.cli_output import counted
-
     what = f"{counted(load.rows, 'row')} a {'call' if load.mode == 'unary' else 'message'}"
     if load.rate:
         return f"{what}, {load.rate:g} a second"
@@ -377,8 +372,6 @@ def _check_folders(*paths: Path | None) -> None:
 def _draw(path: Path, title: str, stages: Sequence[Stage]) -> None:
     """Draws the median and p99 against the rate, a line for each number of rows and kind of loop."""
     from matplotlib.figure import Figure
-
-    from modelport.cli_output import counted
 
     figure: Any = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import typer
 
 from modelport import _cli_bench, _cli_status
+from modelport.cli_output import counted
 from modelport.exceptions import ModelportError
 from modelport.names import DEFAULT_ADDRESS
 
@@ -127,8 +128,6 @@ def _run_rows(runner: _Model, source: Source, batch_rows: int, sink: Sink, progr
             count = len(next(iter(outputs.values()), ()))
             rows += count
             bar.advance(count)
-    from modelport.cli_output import counted
-
     elapsed_s = time.monotonic() - started
     named = ", ".join(map(str, versions)) or "none"
     typer.echo(

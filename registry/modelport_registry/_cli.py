@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelport.cli_output import print_json
+from modelport.cli_output import counted, print_json
 from modelport_registry import _cli_rollout
 from modelport_registry._cli_server import ServerOption, aliased, check_one_place, version_of
 from modelport_registry._errors import IntegrityError, RegistryError
@@ -409,8 +409,6 @@ def collect_garbage(
             }
         )
         return
-    from modelport.cli_output import counted
-
     done = "would remove" if dry_run else "removed"
     for name, versions in report.removed.items():
         _print(f"{done} {name} {_numbers(versions)}")

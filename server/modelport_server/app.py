@@ -7,16 +7,15 @@ import gc
 import logging
 import os
 import signal
-import socketserver
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
 from modelport_registry import Registry
 from modelport_server.engines.ahead import Ahead
-from modelport_server.errors import StartError
+from modelport_server.errors import StartError, cannot_listen
 from modelport_server.http2.server import GrpcServer, Limits
 from modelport_server.options import RpcOptions, ServerOptions
 from modelport_server.rollout.manager import RolloutManager
@@ -24,6 +23,9 @@ from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
 from modelport_server.rpc import models, prediction, rollouts
 from modelport_server.rpc.health import Health
+
+if TYPE_CHECKING:
+    from modelport_server.metrics import MetricsServer
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Server:
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
-        self._scraped: socketserver.BaseServer | None = None
+        self._scraped: MetricsServer | None = None
 
     async def serve(self) -> None:
         """Starts, serves until SIGTERM or SIGINT, and stops.
@@ -93,9 +95,9 @@ class Server:
         """Listens and begins to load what the registry asks for."""
         self._add_services()
         await self._health.start()
-        port = await self._listen()
         if self._options.metrics_address:
-            self._serve_metrics()
+            await self._serve_metrics()
+        port = await self._listen()
         self._spawn(self._manager.run())
         self._spawn(self._health.follow())
         _log.info(
@@ -128,20 +130,17 @@ class Server:
     async def _listen(self) -> int:
         try:
             return await self._grpc.start(self._options.address)
-        except OSError as error:
-            raise StartError(
-                f"can't listen on {self._options.address}: {error.strerror or error}; "
-                "choose another with --address HOST:PORT"
-            ) from error
+        except (OSError, UnicodeError) as error:  # the latter for names that can't be looked up
+            raise StartError(cannot_listen(self._options.address, error, "--address")) from error
 
-    def _serve_metrics(self) -> None:
+    async def _serve_metrics(self) -> None:
         from modelport_server import metrics
 
         told = metrics.ServerMetrics(
             self._board, lambda: self._manager.servables, lambda: list(self._grpc.ended.items())
         )
-        self._scraped, port = metrics.serve_metrics(self._options.metrics_address, told)
-        _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, port))
+        self._scraped = await metrics.serve_metrics(self._options.metrics_address, told)
+        _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, self._scraped.port))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -181,10 +180,10 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(self._grpc.close(), self._manager.stop())
+        ends = [self._grpc.close(), self._manager.stop()]
         if self._scraped is not None:
-            await asyncio.to_thread(self._scraped.shutdown)
-            self._scraped.server_close()
+            ends.append(asyncio.to_thread(self._scraped.stop))
+        await asyncio.gather(*ends)
         _log.info("stopped")
 
 

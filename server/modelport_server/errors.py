@@ -109,3 +109,9 @@ class EngineDiedError(NotAvailableError):
 
 class StartError(ModelportError):
     """The server can't start; the text says why."""
+
+
+def cannot_listen(address: str, error: OSError | UnicodeError, option: str) -> str:
+    """Returns why a server can't listen at an address, for people, and which option gives another one."""
+    why = error.strerror or str(error) if isinstance(error, OSError) else "it is not a host's name"
+    return f"can't listen on {address}: {why}; choose another with {option} HOST:PORT"

@@ -6,13 +6,20 @@ answered but to count. A scrape reads that in a thread of its own.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import socket
 import socketserver
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import grpc
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, exposition
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -23,15 +30,21 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from modelport_server.batching.counts import BOUNDS_S, Counts
-from modelport_server.errors import StartError
+from modelport_server.errors import StartError, cannot_listen
 from modelport_server.options import split_host_port
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.rpc.status import code_of
 from modelport_server.servable import Servable
 
+_log = logging.getLogger(__name__)
+
 Ended = Iterable[tuple[tuple[str, grpc.StatusCode], int]]
 """How many calls have ended, by method and code."""
 _VERSION = ("model", "version")
+_MOST_SCRAPES = 4
+"""How many are answered at the same time."""
+_SCRAPE_TIMEOUT_S = 2.0
+"""How long a peer may take to ask, and to read, in seconds."""
 
 
 class ServerMetrics(Collector):
@@ -76,7 +89,7 @@ class ServerMetrics(Collector):
         )
         instances = _gauge("modelport_engine_instances", "How many batches of a version run at once.")
         threads = _gauge("modelport_engine_threads", "How many threads each of them has.")
-        largest = _gauge("modelport_max_batch_rows", "The most rows that run together.")
+        largest = _gauge("modelport_max_batch_size", "The most rows that run together.")
         golden = _gauge("modelport_golden_examples", "How many golden examples a version reproduced here.")
         for model in self._board.models():
             if model.serving is not None:
@@ -101,7 +114,7 @@ class ServerMetrics(Collector):
     def _of_calls(self) -> Iterator[Metric]:
         calls = CounterMetricFamily(
             "modelport_calls",
-            "Calls and messages of streams that reached a version, by how they ended.",
+            "Calls and messages of streams that reached a version, by how it ended them.",
             labels=[*_VERSION, "grpc_code"],
         )
         seconds = HistogramMetricFamily(
@@ -116,8 +129,8 @@ class ServerMetrics(Collector):
         for servable in self._servables():
             labels = [servable.model, str(servable.version)]
             counts = servable.counts
-            answered, below = sum(counts.answered), _below(counts)
-            calls.add_metric([*labels, grpc.StatusCode.OK.name], answered)
+            below = _below(counts)
+            calls.add_metric([*labels, grpc.StatusCode.OK.name], below[-1][1])
             for name, number in _failed(counts):
                 calls.add_metric([*labels, name], number)
             seconds.add_metric(labels, below, counts.answered_s)
@@ -163,29 +176,96 @@ def _failed(counts: Counts) -> list[tuple[str, int]]:
     return sorted(by_code.items())
 
 
-def serve_metrics(address: str, metrics: ServerMetrics) -> tuple[socketserver.BaseServer, int]:
-    """Answers scrapes at ``http://HOST:PORT/metrics``, and at any other path, from a thread of its own.
+class MetricsServer(ThreadingMixIn, WSGIServer):
+    """Answers scrapes at any path, in a thread each, of which there are only so many at a time.
 
     Args:
-        address: ``host:port``, port 0 for any free one.
+        family: the kind of the address, such as ``socket.AF_INET``.
+        place: host and port to listen at, as ``bind`` takes them.
         metrics: what is told, besides what the operating system knows of this process.
 
-    Returns:
-        What ends it when its ``shutdown`` and then its ``server_close`` are called, and the port.
+    Raises:
+        OSError: if it can't listen there.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, family: int, place: Any, metrics: ServerMetrics) -> None:
+        self.address_family = family
+        self._room = threading.BoundedSemaphore(_MOST_SCRAPES)
+        super().__init__(place, _Handler)
+        registry = CollectorRegistry()
+        registry.register(metrics)
+        ProcessCollector(registry=registry)
+        typed: Any = exposition  # what it returns takes anything
+        self.set_app(typed.make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self.server_port
+
+    def stop(self) -> None:
+        """Ends it; takes up to half a second."""
+        self.shutdown()
+        self.server_close()
+
+    def server_bind(self) -> None:
+        """Binds, and does not ask what the address is called, which may take long."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answers in a thread; while there are too many of them others wait to be accepted."""
+        self._room.acquire()
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answers, and makes room for another one."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says in the log what failed, unless it was the peer."""
+        if isinstance(sys.exception(), OSError):
+            _log.debug("a scrape broke off", exc_info=True)
+        else:
+            _log.error("a scrape failed", exc_info=True)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _SCRAPE_TIMEOUT_S
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the standard library
+        """Says nothing of each scrape."""
+
+
+async def serve_metrics(address: str, metrics: ServerMetrics) -> MetricsServer:
+    """Answers scrapes at ``http://HOST:PORT/metrics`` from now on.
+
+    Args:
+        address: ``host:port``, port 0 for any free one. Of a name's addresses it takes one, of IPv4 if there is any.
+        metrics: what is told.
 
     Raises:
         StartError: if it can't listen there.
     """
-    registry = CollectorRegistry()
-    registry.register(metrics)
-    ProcessCollector(registry=registry)
     host, port = split_host_port(address)
     try:
-        started: Any = start_http_server(port, host, registry)
-    except OSError as error:
-        why = error.strerror or error
-        raise StartError(
-            f"can't listen on {address}: {why}; choose another with --metrics-address HOST:PORT"
-        ) from error
-    server = started[0]
-    return server, int(server.server_port)
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, *_, place = min(found, key=lambda one: one[0] != socket.AF_INET)
+        return MetricsServer(family, place, metrics)
+    except (OSError, UnicodeError) as error:  # the latter for names that can't be looked up
+        raise StartError(cannot_listen(address, error, "--metrics-address")) from error

@@ -410,10 +410,14 @@ class Servable:
         Raises:
             InvalidCallError: saying what is wrong.
         """
-        served = self.signature(signature)
-        wanted_outputs(served.spec, outputs)
-        arranged = arrange(served.spec, inputs)
-        rows = common_rows(served.spec, arranged) if served.spec.batched else 1
+        try:
+            served = self.signature(signature)
+            wanted_outputs(served.spec, outputs)
+            arranged = arrange(served.spec, inputs)
+            rows = common_rows(served.spec, arranged) if served.spec.batched else 1
+        except InvalidCallError as error:
+            self.counts.fail(error)
+            raise
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         splittable = served.batched and rows > 0
         call = Call(
@@ -436,9 +440,11 @@ class Servable:
         Raises:
             ServeError: if it can't be queued.
         """
-        if not call.ended:
-            self._batcher.submit(call)
-            self._observe(call)
+        if call.ended:  # it has no rows
+            self.counts.end(call.future, 0.0)
+            return
+        self._batcher.submit(call)
+        self._observe(call)
 
     def _observe(self, call: Call) -> None:
         if self.observers:

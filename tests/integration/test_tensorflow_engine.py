@@ -44,12 +44,23 @@ def test_a_model_with_variables_runs_in_a_session(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs["again"], X)
 
 
-def test_a_gpu_would_compute_in_float32_and_share_its_memory() -> None:
+def test_a_gpu_would_compute_in_float32_and_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", "")  # so that it is as before in the end
+    monkeypatch.delenv("TF_FORCE_GPU_ALLOW_GROWTH")
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(True)
-    engine = TensorFlowEngine()
-    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    try:
+        engine = TensorFlowEngine()
+        assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-    assert ("on GPU" in engine.name) == bool(tf.config.list_physical_devices("GPU"))
+
+    def devices(kind: str) -> list[str]:
+        return [kind] if kind == "GPU" else []
+
+    monkeypatch.setattr(tf.config, "list_logical_devices", devices)
+    assert engine.name == f"tensorflow {tf.__version__} on GPU"
 
 
 def test_tables_and_texts_run_in_a_session(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ _FRONT_S = 0.0004
 _LONG_CALL_S = 0.002
 """Calls that take so long in an engine on average, in seconds, take the front a small part of it."""
 _UNDER_WAY_GAIN = 0.2
+_EXPIRY_SLACK_S = 0.02
+_EXPIRY_SLACK = 0.02
+"""A caller whose time is over hangs up by itself, and mostly first: its clock began before the server's, and what it
+says of its deadline is rounded up. Who hangs up no earlier than so many seconds, and this part of its time, before the
+server's deadline has not given up, but expired."""
 _BATCHES_PER_INSTANCE = 2
 """Into how many batches the rows of all callers are divided: while one runs, the answers of another go out, and what
 comes for them becomes the next one."""
@@ -124,7 +129,8 @@ class Batcher:
         """
         now = self._clock()
         if (refusal := self._refusal(call, now)) is not None:
-            self.counts.refuse(refusal)
+            if not call.uncounted:
+                self.counts.fail(refusal)
             raise refusal
         call.enqueued_at = now
         call.queued = True
@@ -205,8 +211,13 @@ class Batcher:
 
     def _on_call_ended(self, call: Call) -> None:
         self._drop(call)
-        if not call.uncounted:
-            self.counts.end(call.future, self._clock() - call.enqueued_at)
+        if call.uncounted:
+            return
+        now = self._clock()
+        if call.future.cancelled() and _is_over(call, now):
+            self.counts.fail(ExpiredError("the deadline passed"))
+        else:
+            self.counts.end(call.future, now - call.enqueued_at)
 
     def _drop(self, call: Call) -> None:
         """Takes a call that has ended out of the queue, if it is there."""
@@ -515,6 +526,14 @@ class Batcher:
                 return
         queue_time_us = int((call.first_run_at - call.enqueued_at) * 1e6)
         call.future.set_result(Answer(self._version, tensors, queue_time_us, call.engine_time_us))
+
+
+def _is_over(call: Call, now: float) -> bool:
+    """Returns whether a call's time has passed, or almost."""
+    if math.isinf(call.deadline):
+        return False
+    whole_s = call.deadline - call.enqueued_at
+    return call.deadline <= now + _EXPIRY_SLACK_S + _EXPIRY_SLACK * whole_s
 
 
 def _join_pieces(pieces: Sequence[tuple[RawTensor, ...]]) -> tuple[RawTensor, ...]:

@@ -41,14 +41,14 @@ class Counts:
     def end(self, future: asyncio.Future[Any], duration_s: float) -> None:
         """Counts a call that has ended."""
         if future.cancelled():
-            self.refuse(asyncio.CancelledError())
+            self.fail(asyncio.CancelledError())
         elif (error := future.exception()) is not None:
-            self.refuse(error)
+            self.fail(error)
         else:
             self.answered[bisect_left(BOUNDS_S, duration_s)] += 1
             self.answered_s += duration_s
 
-    def refuse(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Counts a call that has an error instead of an answer."""
         failure = Failure(type(error), isinstance(error, ModelFailureError) and error.caller_fault)
         self.failed[failure] = self.failed.get(failure, 0) + 1

@@ -178,7 +178,7 @@ class RolloutManager:
 
     @property
     def servables(self) -> list[Servable]:
-        """Those of all models that are loaded or being loaded."""
+        """Those of all models that are loaded."""
         return [servable for rollout in list(self._models.values()) for servable in rollout.servables]
 
     async def stop(self) -> None:

@@ -134,8 +134,9 @@ class ModelRollout:
 
     @property
     def servables(self) -> list[Servable]:
-        """Those that are loaded or being loaded."""
-        return [one.servable for one in list(self._versions.values()) if one.servable is not None]
+        """Those that are loaded."""
+        found = [one.servable for one in list(self._versions.values())]
+        return [servable for servable in found if servable is not None]
 
     @property
     def copied_to(self) -> int:
