@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -12,31 +14,58 @@ from modelport.exceptions import InvalidArgumentError, NotFoundError, Unavailabl
 from modelport.names import DEFAULT_SIGNATURE, shown
 
 _MAX_ENTRIES = 256
+_AGAIN_S = 1.0
+"""How often the server is asked again at most while several versions answer in turns, in seconds."""
 _Key = tuple[str, int | None, str | None, str]
 
 
-class SignatureCache:
-    """Signatures by what was asked for; forgotten when another version answers."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    version: int
+    signature: SignatureInfo
+    asked_at_s: float
 
-    def __init__(self) -> None:
-        self._entries: dict[_Key, tuple[int, SignatureInfo]] = {}
+
+class SignatureCache:
+    """Signatures by what was asked for; forgotten when another version answers.
+
+    While a rollout shares out the calls, two versions do so in turns: one that has answered before is reason to ask
+    again only now and then.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._entries: dict[_Key, _Entry] = {}
+        self._seen: dict[_Key, set[int]] = {}
+        """Which versions have answered."""
 
     def get(self, target: Target) -> SignatureInfo | None:
         """Returns the signature that ``target`` asks for, if it is known."""
         entry = self._entries.get(_key(target))
-        return entry[1] if entry else None
+        return entry.signature if entry else None
 
     def put(self, target: Target, version: int, signature: SignatureInfo) -> None:
         """Remembers a signature and the version that has it."""
-        if len(self._entries) >= _MAX_ENTRIES:
+        if len(self._entries) >= _MAX_ENTRIES or len(self._seen) >= _MAX_ENTRIES:
             self._entries.clear()
+            self._seen.clear()
+        entry = _Entry(version, signature, self._clock())
         for known in (target, at_version(target, version)):
-            self._entries[_key(known)] = (version, signature)
+            self._entries[_key(known)] = entry
+        self._seen.setdefault(_key(target), set()).add(version)
 
     def answered(self, target: Target, version: int) -> None:
         """Takes note of the version that answered: of another one's signature nothing is known."""
-        entry = self._entries.get(_key(target))
-        if entry and entry[0] != version:
+        key = _key(target)
+        entry = self._entries.get(key)
+        if entry is None or entry.version == version:
+            return
+        seen = self._seen.setdefault(key, set())
+        if version not in seen or self._clock() - entry.asked_at_s >= _AGAIN_S:
+            seen.add(version)
             self.forget(target)
 
     def forget(self, target: Target) -> None:
