@@ -114,12 +114,18 @@ def bench(
     if picture is not None:
         _draw(picture, f"{model} version {version.version}, {version.engine}", stages)
         typer.echo(f"wrote {picture}", err=True)
-    failed = sum(sum(stage.errors.values()) + stage.not_sent for stage in stages)
-    if failed:
-        reasons = list(dict.fromkeys(reason for stage in stages for reason in stage.errors))
-        why = "; ".join(reasons[:3]) or "the rate is too high"
-        typer.echo(f"error: {counted(failed, 'call')} failed or could not be sent: {why}", err=True)
+    if problems := list(_problems(stages)):
+        typer.echo(f"error: {'; '.join(problems)}", err=True)
         raise typer.Exit(1)
+
+
+def _problems(stages: Sequence[Stage]) -> Iterator[str]:
+    """Yields what went wrong with calls, and what can be done."""
+    if failed := sum(sum(stage.errors.values()) for stage in stages):
+        reasons = list(dict.fromkeys(reason for stage in stages for reason in stage.errors))
+        yield f"{counted(failed, 'call')} failed: {'; '.join(reasons[:3])}"
+    if not_sent := sum(stage.not_sent for stage in stages):
+        yield f"{counted(not_sent, 'call')} could not be sent in time: use a lower --rate, or more --processes"
 
 
 @dataclass(frozen=True, slots=True)

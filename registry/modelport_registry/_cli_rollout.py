@@ -20,7 +20,7 @@ from modelport_registry._errors import RegistryError
 from modelport_registry.transitions import STABLE
 
 if TYPE_CHECKING:
-    from modelport import RolloutInfo, Rollouts, RolloutState
+    from modelport import ModelInfo, RolloutInfo, Rollouts, RolloutState
     from modelport_registry import Registry, State
 
 _PANEL = "Registry"
@@ -265,6 +265,7 @@ def _change(
     as_json: bool,
 ) -> None:
     """Makes a change in the registry's folder if one is given, through the server else; says what is so now."""
+    note = ""
     if registry is not None:
         state = _state_of(here(_store(registry, model)))
     else:
@@ -272,10 +273,19 @@ def _change(
 
         with Client(server) as client:
             state = there(client.rollouts)
+            note = "" if as_json else _until_loaded(client.model(model), state.stable)
     if as_json:
         print_json({"model": model, **dataclasses.asdict(state)})
     else:
-        typer.echo(_sentence(model, state))
+        typer.echo(_sentence(model, state) + note)
+
+
+def _until_loaded(info: ModelInfo, stable: int | None) -> str:
+    """Returns who answers calls until the version in charge can."""
+    wanted = info.version(stable) if stable is not None else None
+    if wanted is None or wanted.state.value == "available" or info.serving_version in (None, stable):
+        return ""
+    return f"; until it is loaded, version {info.serving_version} goes on answering"
 
 
 def _sentence(model: str, state: RolloutState) -> str:

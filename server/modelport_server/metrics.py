@@ -33,6 +33,7 @@ from modelport_server.batching.counts import BOUNDS_S, Counts
 from modelport_server.errors import StartError, cannot_listen
 from modelport_server.options import split_host_port
 from modelport_server.rollout.status import StatusBoard
+from modelport_server.routing import Router
 from modelport_server.rpc.status import code_of
 from modelport_server.servable import Servable
 
@@ -52,20 +53,27 @@ class ServerMetrics(Collector):
 
     Args:
         board: the state of every version.
+        router: says how calls are shared out.
         servables: returns those that are loaded.
         ended: returns what has become of the calls of each gRPC method.
     """
 
     def __init__(
-        self, board: StatusBoard, servables: Callable[[], Sequence[Servable]], ended: Callable[[], Ended]
+        self,
+        board: StatusBoard,
+        router: Router,
+        servables: Callable[[], Sequence[Servable]],
+        ended: Callable[[], Ended],
     ) -> None:
         self._board = board
+        self._router = router
         self._servables = servables
         self._ended = ended
 
     def collect(self) -> Iterator[Metric]:
         """Yields every metric as it is now."""
         yield from self._of_versions()
+        yield self._shares()
         yield from self._of_calls()
         yield self._handled()
 
@@ -110,6 +118,13 @@ class ServerMetrics(Collector):
                     for rows, ms in attempt.row_ms.items():
                         row.add_metric([*labels, attempt.engine, attempt.parallelism, str(rows)], ms / 1e3)
         return iter([serving, state, engine, choice, row, instances, threads, largest, golden])
+
+    def _shares(self) -> Metric:
+        share = _gauge("modelport_traffic_share", "The share of the calls that name no version, 0 to 1.")
+        for model, shares in self._router.shares().items():
+            for version, part in shares.items():
+                share.add_metric([model, str(version)], part)
+        return share
 
     def _of_calls(self) -> Iterator[Metric]:
         calls = CounterMetricFamily(

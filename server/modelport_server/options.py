@@ -359,6 +359,10 @@ class ServerOptions:
             not self.metrics_address or _is_host_port(self.metrics_address),
             f"--metrics-address must be HOST:PORT with a port up to 65535, not {shown(self.metrics_address)}",
         )
+        _require(
+            self.metrics_address != self.address or self.address.endswith(":0"),
+            "--metrics-address and --address are the same: gRPC and metrics want a port each",
+        )
         _require(0 <= self.grace_s <= _DAY_S, "--grace must be 0 s to a day")
         _require("" in self.engines, "engines must have an entry for all other models, under the empty name")
         _require(0 <= self.lame_duck_s <= 60, "--lame-duck must be 0 to 60 s")

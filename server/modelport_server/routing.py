@@ -88,6 +88,18 @@ class Router:
         """Forgets a model."""
         self._routes.pop(model, None)
 
+    def shares(self) -> dict[str, dict[int, float]]:
+        """Returns which share of the calls that name no version each version gets, by model. Any thread may ask."""
+        found: dict[str, dict[int, float]] = {}
+        for model, route in list(self._routes.items()):
+            serving, canary = route.serving, route.canary
+            if serving is not None:
+                taken = canary.share if canary is not None else 0.0
+                found[model] = {serving.version: 1.0 - taken}
+                if canary is not None:
+                    found[model][canary.servable.version] = taken
+        return found
+
     def resolve(self, model: str, *, version: int | None = None, alias: str | None = None, key: str = "") -> Servable:
         """Returns the servable that answers.
 

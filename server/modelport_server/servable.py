@@ -238,6 +238,7 @@ class Servable:
                 self._give_up("load", "its engine can't be started again")
                 return
             self._batcher.resume()
+            _log.info("%s@%d: the engine is back", self.model, self.version)
 
     async def _load_again(self) -> None:
         """Loads until the version can be read."""

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from modelport_registry import Registry, Strategy
+from modelport_server.gates.result import GOLDEN
 from tests.integration.test_client_cli import Ran, modelport
 from tests.support.launch import program
 from tests.support.server import ServerProcess, run_server, wait_for
-from tests.support.stub_engine import stub_golden, write_stub
+from tests.support.stub_engine import hold_file, stub_golden, write_stub
 
 MODEL = "m"
 REASON = "golden: output 'probabilities' differs from what was published in 31 of 640 values, by up to 0.4"
@@ -120,3 +121,22 @@ async def test_what_is_no_terminal_has_room_for_all(registry: Registry) -> None:
     registry.record(MODEL, "noted", version=1, reason=REASON * 3)
     ran = await modelport("journal", MODEL, "--registry", registry.root, environment={"COLUMNS": ""})
     assert REASON * 3 in ran.out.splitlines()[-1]
+
+
+async def test_a_rollback_to_a_version_that_must_be_loaded_says_who_answers_meanwhile(tmp_path: Path) -> None:
+    registry, hold = Registry(tmp_path / "registry"), tmp_path / "hold"
+    hold.mkdir()
+    stub = program(stub=True, hold=hold)
+    with run_server(registry.root, tmp_path / "first", program=stub) as server:
+        for tag in (1, 2):
+            registry.publish(MODEL, write_stub(tmp_path / f"stub-{tag}", tag), golden=[stub_golden(tag)])
+            server.wait_serving(MODEL, tag)
+    hold_file(hold, 1, GOLDEN).touch()
+    with run_server(registry.root, tmp_path / "second", program=stub) as server:
+        server.wait_serving(MODEL, 2)
+        ran = await modelport("rollout", "rollback", MODEL, "--server", server.address)
+        assert ran.out.splitlines()[0] == (
+            "m: version 1 is in charge; no rollout is under way; until it is loaded, version 2 goes on answering"
+        ), ran.err
+        hold_file(hold, 1, GOLDEN).unlink()
+        server.wait_serving(MODEL, 1)

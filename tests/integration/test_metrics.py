@@ -112,6 +112,7 @@ def test_tells_of_each_engine_what_the_status_tells(server: ServerProcess, model
     assert of_model(samples, "modelport_max_batch_size", model) == [version.max_batch_size]
     assert of_model(samples, "modelport_golden_examples", model) == [version.golden_examples]
     assert of_model(samples, "modelport_serving_version", model) == [1]
+    assert of_model(samples, "modelport_traffic_share", model, version="1") == [1]
     assert version.state == model_pb2.ModelVersion.STATE_AVAILABLE
     assert of_model(samples, "modelport_version_state", model, state="available") == [1]
 

@@ -272,7 +272,7 @@ async def test_skipped_without_anything_to_compare() -> None:
     clock = Clock()
     candidate = FakeProber(clock)
     without = await _compare(None, candidate)
-    assert (without.outcome, without.reason) == (Outcome.SKIPPED, "there is no stable version to compare with")
+    assert (without.outcome, without.reason) == (Outcome.SKIPPED, "there is no other version in charge to compare with")
     empty = await compare_speed(FakeProber(clock), candidate, {}, batched=[], sizes=(1,), max_ratio=2.0)
     assert empty.outcome is Outcome.SKIPPED
     assert "no golden inputs that the stable version takes too" in empty.reason

@@ -83,6 +83,13 @@ def test_models_are_names() -> None:
         ServerOptions(registry=Path("registry"), models=("../x",))
 
 
+def test_grpc_and_metrics_want_a_port_each() -> None:
+    free = ServerOptions(registry=Path("registry"), address="127.0.0.1:0", metrics_address="127.0.0.1:0")
+    assert free.metrics_address == "127.0.0.1:0"
+    with pytest.raises(OptionError, match="want a port each"):
+        ServerOptions(registry=Path("registry"), address="127.0.0.1:8500", metrics_address="127.0.0.1:8500")
+
+
 @pytest.mark.parametrize("address", ["localhost:0", "[::1]:8500", "0.0.0.0:65535", "unix:/run/x.sock", "unix:x"])
 def test_addresses(address: str) -> None:
     assert ServerOptions(registry=Path("registry"), address=address).address == address

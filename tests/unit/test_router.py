@@ -114,6 +114,12 @@ def test_calls_without_a_key_are_spread_evenly(router: Router, share: float) -> 
         assert abs(canaries - calls * share) <= 1
 
 
+def test_which_share_of_the_calls_each_version_gets(router: Router) -> None:
+    assert router.shares() == {"digits": {3: 1.0}}  # of the new model no version answers yet
+    router.route("digits").canary = Canary(_servable(5), 0.25)
+    assert router.shares() == {"digits": {3: 0.75, 5: 0.25}}
+
+
 def test_a_key_goes_one_way(shared: Router) -> None:
     keys = [f"user-{number}" for number in range(200)]
     first = {key: shared.resolve("digits", key=key).version for key in keys}

@@ -98,9 +98,8 @@ class ConsoleListener:
         self.close()
         early = ", stopped early" if result.stopped_early else ""
         resumed = f", resumed after epoch {result.resumed_after}" if result.resumed_after else ""
-        self._err.print(
-            f"trained {len(result.history)} epochs{early}{resumed}; kept the weights of epoch {result.best_epoch}"
-        )
+        epochs = counted(len(result.history), "epoch")
+        self._err.print(f"trained {epochs}{early}{resumed}; kept the weights of epoch {result.best_epoch}")
 
     def tested(self, evaluation: Evaluation, report: Path) -> None:
         """Prints the test's figures."""

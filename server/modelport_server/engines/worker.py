@@ -249,7 +249,7 @@ class _Loading:
 
         order = self._order
         if order.baseline is None:
-            raise _SkippedError("there is no version in charge to compare with")
+            raise _SkippedError("there is no other version in charge to compare with")
         try:
             allowed = order.allow_signature_changes
             return dict(check_signatures(order.baseline, manifest.signatures, allowed, model=order.model))

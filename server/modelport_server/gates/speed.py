@@ -141,7 +141,7 @@ async def compare_speed(
         return GateResult(SPEED, outcome, clock() - started, figures or {}, reason)
 
     if stable is None:
-        return result(Outcome.SKIPPED, "there is no stable version to compare with")
+        return result(Outcome.SKIPPED, "there is no other version in charge to compare with")
     cases = list(_cases(examples, batched, sizes))
     if not cases:
         return result(Outcome.SKIPPED, "there are no golden inputs that the stable version takes too")
