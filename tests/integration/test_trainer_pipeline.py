@@ -260,6 +260,8 @@ def test_waiting_until_the_version_is_in_charge(trained: Path, tmp_path: Path) -
         (["train", "--server", "localhost:1"], "--server and --wait-timeout go with --publish --wait"),
         (["train", "--wait", "--wait-timeout", "0"], "the time to wait must be above 0 seconds"),
         (["train", "--wait", "--server", "localhost:1"], "no server answers at localhost:1"),
+        (["train", "--registry", "/proc/none"], "can't make the registry /proc/none: No such file or directory; name"),
+        (["train", "--registry", "/proc/version"], "can't make the registry /proc/version: "),
         (["train", "--data", "nothing"], "--data nothing: give one of digits, mnist, fashion_mnist"),
         (["train", "--data-dir", "nowhere"], "nowhere: no such folder"),
         (["train", "--model", "Big Name"], "model 'Big Name': a name is"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -162,6 +163,7 @@ def run_pipeline(
             or does not come into service.
     """
     if publish is not None:
+        _check_registry(publish.registry)
         _check_server(options.name, publish)
     dataset, found = data.load(options.source)
     options.network.check_fits(dataset.image_shape)
@@ -276,6 +278,20 @@ def _publish(
     run.write_json("published.json", key | {"model": options.name, "version": made.version})
     listener.published(made)
     return made
+
+
+def _check_registry(registry: Path) -> None:
+    """Makes sure, before anything is done, that there can be a registry: makes the folder, and takes it away again."""
+    made = [folder for folder in (registry, *registry.parents) if not folder.exists()]
+    try:
+        registry.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # somebody else may have put something there meanwhile
+            for folder in made:
+                folder.rmdir()
+    except OSError as error:
+        raise TrainerError(
+            f"can't make the registry {registry}: {error.strerror}; name another with --registry"
+        ) from error
 
 
 def _check_server(name: str, publish: PublishOptions) -> None:
