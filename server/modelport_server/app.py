@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelport.v1 import model_pb2, prediction_pb2, rollout_pb2
 from modelport_registry import Registry
@@ -23,9 +23,6 @@ from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
 from modelport_server.rpc import models, prediction, rollouts
 from modelport_server.rpc.health import Health
-
-if TYPE_CHECKING:
-    from modelport_server.metrics import MetricsServer
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +66,6 @@ class Server:
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
-        self._scraped: MetricsServer | None = None
 
     async def serve(self) -> None:
         """Starts, serves until SIGTERM or SIGINT, and stops.
@@ -139,8 +135,8 @@ class Server:
         told = metrics.ServerMetrics(
             self._board, self._router, lambda: self._manager.servables, lambda: list(self._grpc.ended.items())
         )
-        self._scraped = await metrics.serve_metrics(self._options.metrics_address, told)
-        _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, self._scraped.port))
+        port = (await metrics.serve_metrics(self._options.metrics_address, told)).port
+        _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, port))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -180,10 +176,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        ends = [self._grpc.close(), self._manager.stop()]
-        if self._scraped is not None:
-            ends.append(asyncio.to_thread(self._scraped.stop))
-        await asyncio.gather(*ends)
+        await asyncio.gather(self._grpc.close(), self._manager.stop())
         _log.info("stopped")
 
 

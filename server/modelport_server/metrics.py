@@ -45,7 +45,7 @@ _VERSION = ("model", "version")
 _MOST_SCRAPES = 4
 """How many are answered at the same time."""
 _SCRAPE_TIMEOUT_S = 2.0
-"""How long a peer may take to ask, and to read, in seconds."""
+"""How long a peer may keep a thread waiting for its next bytes, or to take some, in seconds."""
 
 
 class ServerMetrics(Collector):
@@ -194,6 +194,8 @@ def _failed(counts: Counts) -> list[tuple[str, int]]:
 class MetricsServer(ThreadingMixIn, WSGIServer):
     """Answers scrapes at any path, in a thread each, of which there are only so many at a time.
 
+    It ends with the process: to wait for its threads would make the server's end depend on who scrapes it.
+
     Args:
         family: the kind of the address, such as ``socket.AF_INET``.
         place: host and port to listen at, as ``bind`` takes them.
@@ -215,18 +217,12 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
         ProcessCollector(registry=registry)
         typed: Any = exposition  # what it returns takes anything
         self.set_app(typed.make_wsgi_app(registry))
-        self._thread = threading.Thread(target=self.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self.serve_forever, name="metrics", daemon=True).start()
 
     @property
     def port(self) -> int:
         """Where it listens."""
         return self.server_port
-
-    def stop(self) -> None:
-        """Ends it; takes up to half a second."""
-        self.shutdown()
-        self.server_close()
 
     def server_bind(self) -> None:
         """Binds, and does not ask what the address is called, which may take long."""

@@ -240,6 +240,7 @@ def test_peers_that_ask_nothing_keep_neither_callers_nor_scrapes_waiting_for_eve
             inputs = INPUTS["bad_rows", "serving_default"]
             assert call(channel, request("bad_rows", inputs)).code is grpc.StatusCode.OK
         assert of_model(scrape(server), "modelport_serving_version", "bad_rows") == [1]
+        assert server.stop() == 0, "those that ask nothing keep it from ending"
     assert "Traceback" not in server.log.read_text()
 
 
