@@ -407,7 +407,7 @@ class AsyncClient:
         Raises:
             InputError: if the inputs can't be sent.
         """
-        signature = self._signatures.get(target) if _inputs.needs_signature(inputs) else None
+        signature = self._signatures.fresh(target) if _inputs.needs_signature(inputs) else None
         if self._connection is None or (signature is None and _inputs.needs_signature(inputs)):
             return None
         arrays = _inputs.named_arrays(inputs, signature)
@@ -499,7 +499,7 @@ class AsyncClient:
         return _results.joined(answers)
 
     async def _signature(self, target: Target, deadline: float) -> SignatureInfo:
-        known = self._signatures.get(target)
+        known = self._signatures.take(target)
         if known is not None:
             return known
         version, signature = _signatures.find(await self._model(target.model, deadline), target)

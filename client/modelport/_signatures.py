@@ -19,18 +19,20 @@ _AGAIN_S = 1.0
 _Key = tuple[str, int | None, str | None, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     version: int
     signature: SignatureInfo
     asked_at_s: float
+    is_stale: bool = False
+    """Whether somebody is to ask again."""
 
 
 class SignatureCache:
-    """Signatures by what was asked for; forgotten when another version answers.
+    """Signatures by what was asked for, which are asked for again when another version answers.
 
     While a rollout shares out the calls, two versions do so in turns: one that has answered before is reason to ask
-    again only now and then.
+    again only now and then. One caller asks, and all others go on with what is known. Any thread may use it.
 
     Args:
         clock: returns seconds.
@@ -43,18 +45,32 @@ class SignatureCache:
         """Which versions have answered."""
 
     def get(self, target: Target) -> SignatureInfo | None:
-        """Returns the signature that ``target`` asks for, if it is known."""
+        """Returns the signature that ``target`` asks for, if it is known, be it stale or not."""
         entry = self._entries.get(_key(target))
         return entry.signature if entry else None
+
+    def fresh(self, target: Target) -> SignatureInfo | None:
+        """Returns the signature, if it is known and nobody has to ask again."""
+        entry = self._entries.get(_key(target))
+        return entry.signature if entry and not entry.is_stale else None
+
+    def take(self, target: Target) -> SignatureInfo | None:
+        """Returns the signature to use; None if whoever calls this is to ask the server, and ``put`` what it says."""
+        entry = self._entries.get(_key(target))
+        if entry is None:
+            return None
+        if entry.is_stale:
+            entry.is_stale, entry.asked_at_s = False, self._clock()
+            return None
+        return entry.signature
 
     def put(self, target: Target, version: int, signature: SignatureInfo) -> None:
         """Remembers a signature and the version that has it."""
         if len(self._entries) >= _MAX_ENTRIES or len(self._seen) >= _MAX_ENTRIES:
             self._entries.clear()
             self._seen.clear()
-        entry = _Entry(version, signature, self._clock())
         for known in (target, at_version(target, version)):
-            self._entries[_key(known)] = entry
+            self._entries[_key(known)] = _Entry(version, signature, self._clock())
         self._seen.setdefault(_key(target), set()).add(version)
 
     def answered(self, target: Target, version: int) -> None:
@@ -66,7 +82,7 @@ class SignatureCache:
         seen = self._seen.setdefault(key, set())
         if version not in seen or self._clock() - entry.asked_at_s >= _AGAIN_S:
             seen.add(version)
-            self.forget(target)
+            entry.is_stale = True
 
     def forget(self, target: Target) -> None:
         """Forgets what ``target`` asks for."""

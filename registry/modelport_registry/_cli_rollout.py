@@ -269,11 +269,12 @@ def _change(
     if registry is not None:
         state = _state_of(here(_store(registry, model)))
     else:
-        from modelport import Client
+        from modelport import Client, RpcError
 
         with Client(server) as client:
             state = there(client.rollouts)
-            note = "" if as_json else _until_loaded(client.model(model), state.stable)
+            with contextlib.suppress(RpcError):  # the change is made, whether this server serves the model or not
+                note = "" if as_json else _until_loaded(client.model(model), state.stable)
     if as_json:
         print_json({"model": model, **dataclasses.asdict(state)})
     else:
@@ -283,9 +284,10 @@ def _change(
 def _until_loaded(info: ModelInfo, stable: int | None) -> str:
     """Returns who answers calls until the version in charge can."""
     wanted = info.version(stable) if stable is not None else None
-    if wanted is None or wanted.state.value == "available" or info.serving_version in (None, stable):
+    answering = info.serving_version
+    if wanted is None or wanted.state.value in ("available", "rejected") or answering in (None, stable):
         return ""
-    return f"; until it is loaded, version {info.serving_version} goes on answering"
+    return f"; until version {stable} is loaded, version {answering} goes on answering"
 
 
 def _sentence(model: str, state: RolloutState) -> str:

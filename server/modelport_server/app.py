@@ -135,7 +135,7 @@ class Server:
         told = metrics.ServerMetrics(
             self._board, self._router, lambda: self._manager.servables, lambda: list(self._grpc.ended.items())
         )
-        port = (await metrics.serve_metrics(self._options.metrics_address, told)).port
+        port = await metrics.serve_metrics(self._options.metrics_address, told)
         _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, port))
 
     def _spawn(self, work: Any) -> None:

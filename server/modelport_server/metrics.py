@@ -7,6 +7,7 @@ answered but to count. A scrape reads that in a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import socket
 import socketserver
@@ -34,7 +35,7 @@ from modelport_server.errors import StartError, cannot_listen
 from modelport_server.options import split_host_port
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
-from modelport_server.rpc.status import code_of
+from modelport_server.rpc.status import CALL_CODES, code_of
 from modelport_server.servable import Servable
 
 _log = logging.getLogger(__name__)
@@ -184,7 +185,9 @@ def _below(counts: Counts) -> list[tuple[str, float]]:
 
 
 def _failed(counts: Counts) -> list[tuple[str, int]]:
-    by_code: dict[str, int] = {}
+    """Returns how many calls failed, by the name of the code."""
+    # Those that may come are there from the start: from nothing to a number there is no rate.
+    by_code = {code.name: 0 for code in CALL_CODES}
     for failure, number in list(counts.failed.items()):
         name = code_of(failure.kind, caller_fault=failure.caller_fault).name
         by_code[name] = by_code.get(name, 0) + number
@@ -200,9 +203,6 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
         family: the kind of the address, such as ``socket.AF_INET``.
         place: host and port to listen at, as ``bind`` takes them.
         metrics: what is told, besides what the operating system knows of this process.
-
-    Raises:
-        OSError: if it can't listen there.
     """
 
     daemon_threads = True
@@ -211,18 +211,33 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
     def __init__(self, family: int, place: Any, metrics: ServerMetrics) -> None:
         self.address_family = family
         self._room = threading.BoundedSemaphore(_MOST_SCRAPES)
-        super().__init__(place, _Handler)
+        super().__init__(place, _Handler, bind_and_activate=False)
         registry = CollectorRegistry()
         registry.register(metrics)
         ProcessCollector(registry=registry)
         typed: Any = exposition  # what it returns takes anything
         self.set_app(typed.make_wsgi_app(registry))
-        threading.Thread(target=self.serve_forever, name="metrics", daemon=True).start()
 
-    @property
-    def port(self) -> int:
-        """Where it listens."""
+    def start(self) -> int:
+        """Listens, answers from now on, and returns the port.
+
+        Raises:
+            OSError: if it can't listen there.
+        """
+        try:
+            self.server_bind()
+            self.server_activate()
+        except BaseException:
+            self.server_close()
+            raise
+        threading.Thread(target=self._serve, name="metrics", daemon=True).start()
         return self.server_port
+
+    def _serve(self) -> None:
+        try:
+            self.serve_forever()
+        except Exception:
+            _log.exception("nobody tells metrics any more")
 
     def server_bind(self) -> None:
         """Binds, and does not ask what the address is called, which may take long."""
@@ -254,15 +269,30 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
             _log.error("a scrape failed", exc_info=True)
 
 
+class _ToLog(io.StringIO):
+    """Where the standard library writes what failed while an answer was made or sent."""
+
+    def flush(self) -> None:
+        """Puts what was written into the log."""
+        if text := self.getvalue().strip():
+            self.seek(0)
+            self.truncate()
+            _log.warning("a scrape failed: %s", text)
+
+
 class _Handler(WSGIRequestHandler):
     timeout = _SCRAPE_TIMEOUT_S
+
+    def get_stderr(self) -> io.StringIO:
+        """Returns where errors go."""
+        return _ToLog()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the standard library
         """Says nothing of each scrape."""
 
 
-async def serve_metrics(address: str, metrics: ServerMetrics) -> MetricsServer:
-    """Answers scrapes at ``http://HOST:PORT/metrics`` from now on.
+async def serve_metrics(address: str, metrics: ServerMetrics) -> int:
+    """Answers scrapes at ``http://HOST:PORT/metrics`` from now on, and returns the port.
 
     Args:
         address: ``host:port``, port 0 for any free one. Of a name's addresses it takes one, of IPv4 if there is any.
@@ -277,6 +307,6 @@ async def serve_metrics(address: str, metrics: ServerMetrics) -> MetricsServer:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, *_, place = min(found, key=lambda one: one[0] != socket.AF_INET)
-        return MetricsServer(family, place, metrics)
+        return MetricsServer(family, place, metrics).start()
     except (OSError, UnicodeError) as error:  # the latter for names that can't be looked up
         raise StartError(cannot_listen(address, error, "--metrics-address")) from error

@@ -441,8 +441,8 @@ class Servable:
         Raises:
             ServeError: if it can't be queued.
         """
-        if call.ended:  # it has no rows
-            self.counts.end(call.future, 0.0)
+        if call.ended:  # it has no rows, or was given up while it waited for room
+            self._batcher.count_end(call)
             return
         self._batcher.submit(call)
         self._observe(call)

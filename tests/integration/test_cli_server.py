@@ -123,6 +123,18 @@ async def test_what_is_no_terminal_has_room_for_all(registry: Registry) -> None:
     assert REASON * 3 in ran.out.splitlines()[-1]
 
 
+async def test_a_model_that_the_server_does_not_serve_can_be_changed_all_the_same(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.publish("other", write_stub(tmp_path / "other", 1), golden=[stub_golden(1)])
+    stub = program(stub=True)
+    with run_server(registry.root, tmp_path / "server", "--model", "other", program=stub) as server:
+        server.wait_serving("other", 1)
+        ran = await modelport("rollout", "start", MODEL, 2, "--server", server.address)
+    assert (ran.status, ran.err) == (0, "")
+    assert "version 2 is the candidate" in ran.out
+
+
 async def test_a_rollback_to_a_version_that_must_be_loaded_says_who_answers_meanwhile(tmp_path: Path) -> None:
     registry, hold = Registry(tmp_path / "registry"), tmp_path / "hold"
     hold.mkdir()
@@ -136,7 +148,7 @@ async def test_a_rollback_to_a_version_that_must_be_loaded_says_who_answers_mean
         server.wait_serving(MODEL, 2)
         ran = await modelport("rollout", "rollback", MODEL, "--server", server.address)
         assert ran.out.splitlines()[0] == (
-            "m: version 1 is in charge; no rollout is under way; until it is loaded, version 2 goes on answering"
+            "m: version 1 is in charge; no rollout is under way; until version 1 is loaded, version 2 goes on answering"
         ), ran.err
         hold_file(hold, 1, GOLDEN).unlink()
         server.wait_serving(MODEL, 1)

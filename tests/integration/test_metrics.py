@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import socket
@@ -24,6 +25,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from modelport.v1 import model_pb2
 from modelport_registry import Golden, Registry
 from modelport_server.gates.result import SPEED
+from modelport_server.metrics import ServerMetrics, serve_metrics
+from modelport_server.rollout.status import StatusBoard
+from modelport_server.routing import Router
+from modelport_server.servable import Servable
 from tests.integration.test_client_cli import modelport
 from tests.support.expected import Case, by_tensorflow
 from tests.support.launch import program
@@ -111,6 +116,7 @@ def test_tells_of_each_engine_what_the_status_tells(server: ServerProcess, model
     assert of_model(samples, "modelport_engine_threads", model, version="1") == [version.threads]
     assert of_model(samples, "modelport_max_batch_size", model) == [version.max_batch_size]
     assert of_model(samples, "modelport_golden_examples", model) == [version.golden_examples]
+    assert of_model(samples, "modelport_calls_total", model) == [0] * 7
     assert of_model(samples, "modelport_serving_version", model) == [1]
     assert of_model(samples, "modelport_traffic_share", model, version="1") == [1]
     assert version.state == model_pb2.ModelVersion.STATE_AVAILABLE
@@ -146,7 +152,7 @@ def test_counts_calls_by_how_they_ended(server: ServerProcess) -> None:
     samples = scrape(server)
     assert of_model(samples, "modelport_calls_total", "bad_rows", grpc_code="OK") == [7]
     assert of_model(samples, "modelport_calls_total", "bad_rows", grpc_code="INVALID_ARGUMENT") == [3]
-    assert of_model(samples, "modelport_calls_total", "two_inputs") == [0]
+    assert of_model(samples, "modelport_calls_total", "two_inputs") == [0] * 7
     assert of_model(samples, "modelport_call_seconds_count", "bad_rows") == [7]
     below = of_model(samples, "modelport_call_seconds_bucket", "bad_rows")
     assert below == sorted(below)
@@ -223,6 +229,26 @@ def test_openmetrics_is_told_to_who_asks_for_it(server: ServerProcess) -> None:
         parser: Any = openmetrics
         families = list(parser.text_string_to_metric_families(response.read().decode()))
     assert {"modelport_call_seconds", "modelport_engine_choice"} <= {family.name for family in families}
+
+
+async def test_what_fails_in_a_scrape_is_in_the_log_and_the_next_one_is_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failing = True
+
+    def servables() -> list[Servable]:
+        if failing:
+            raise RuntimeError("it is broken")
+        return []
+
+    port = await serve_metrics("127.0.0.1:0", ServerMetrics(StatusBoard(), Router(), servables, lambda: ()))
+    place = f"http://127.0.0.1:{port}/metrics"
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        await asyncio.to_thread(urllib.request.urlopen, place, timeout=20)
+    assert "RuntimeError: it is broken" in caplog.text
+    failing = False
+    with await asyncio.to_thread(urllib.request.urlopen, place, timeout=20) as response:
+        assert response.status == 200
 
 
 def test_peers_that_ask_nothing_keep_neither_callers_nor_scrapes_waiting_for_ever(server: ServerProcess) -> None:

@@ -554,3 +554,38 @@ async def test_the_class_of_a_time_is_that_of_the_least_bound_that_it_is_not_ove
     future.set_result(None)
     counts.end(future, seconds)
     assert counts.answered.index(1) == place
+
+
+@pytest.mark.parametrize(
+    ("left_s", "time_s", "kind"),
+    [
+        (0.0, 10.0, ExpiredError),
+        (0.21, 10.0, ExpiredError),
+        (0.4, 10.0, asyncio.CancelledError),
+        (0.9, 3600.0, ExpiredError),
+        (1.5, 3600.0, asyncio.CancelledError),
+        (float("inf"), float("inf"), asyncio.CancelledError),
+    ],
+)
+async def test_who_hangs_up_almost_at_the_deadline_has_not_given_up(
+    left_s: float, time_s: float, kind: type[BaseException]
+) -> None:
+    now = 1000.0
+    batcher = Batcher(FakeEngine(), BatchLimits(), 3, clock=lambda: now)
+    call = new_call([1], deadline=now + time_s)
+    batcher.submit(call)
+    now += time_s - left_s if left_s < float("inf") else 5.0
+    call.future.cancel()
+    await settle()
+    assert batcher.counts.failed == {Failure(kind): 1}
+
+
+@pytest.mark.parametrize(("left_s", "kind"), [(0.01, ExpiredError), (1.0, asyncio.CancelledError)])
+async def test_calls_that_were_given_up_while_they_waited_for_room_are_counted_alike(
+    left_s: float, kind: type[BaseException]
+) -> None:
+    batcher = Batcher(FakeEngine(), BatchLimits(), 3, clock=lambda: 1000.0)
+    call = new_call([1], deadline=1000.0 + left_s)
+    call.future.cancel()
+    batcher.count_end(call)
+    assert batcher.counts.failed == {Failure(kind): 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -281,17 +282,18 @@ def _publish(
 
 
 def _check_registry(registry: Path) -> None:
-    """Makes sure, before anything is done, that there can be a registry: makes the folder, and takes it away again."""
-    made = [folder for folder in (registry, *registry.parents) if not folder.exists()]
+    """Makes sure, before anything is done, that it can be written to; a folder that is made for that does not stay."""
     try:
+        made = [folder for folder in (registry, *registry.parents) if not folder.exists()]
         registry.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=registry):
+            pass
         with contextlib.suppress(OSError):  # somebody else may have put something there meanwhile
             for folder in made:
                 folder.rmdir()
     except OSError as error:
-        raise TrainerError(
-            f"can't make the registry {registry}: {error.strerror}; name another with --registry"
-        ) from error
+        why = f"can't write to the registry {registry}: {error.strerror}"
+        raise TrainerError(f"{why}; name another with --registry") from error
 
 
 def _check_server(name: str, publish: PublishOptions) -> None:

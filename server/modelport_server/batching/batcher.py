@@ -42,9 +42,10 @@ _LONG_CALL_S = 0.002
 _UNDER_WAY_GAIN = 0.2
 _EXPIRY_SLACK_S = 0.02
 _EXPIRY_SLACK = 0.02
+_MOST_EXPIRY_SLACK_S = 1.0
 """A caller whose time is over hangs up by itself, and mostly first: its clock began before the server's, and what it
 says of its deadline is rounded up. Who hangs up no earlier than so many seconds, and this part of its time, before the
-server's deadline has not given up, but expired."""
+server's deadline has not given up, but expired; in no case is it more than the last."""
 _BATCHES_PER_INSTANCE = 2
 """Into how many batches the rows of all callers are divided: while one runs, the answers of another go out, and what
 comes for them becomes the next one."""
@@ -211,13 +212,18 @@ class Batcher:
 
     def _on_call_ended(self, call: Call) -> None:
         self._drop(call)
+        self.count_end(call)
+
+    def count_end(self, call: Call) -> None:
+        """Counts a call that has ended, be it one that never was in the queue."""
         if call.uncounted:
             return
         now = self._clock()
-        if call.future.cancelled() and _is_over(call, now):
+        since = call.enqueued_at or now
+        if call.future.cancelled() and call.deadline <= now + _expiry_slack_s(call.deadline - since):
             self.counts.fail(ExpiredError("the deadline passed"))
         else:
-            self.counts.end(call.future, now - call.enqueued_at)
+            self.counts.end(call.future, now - since)
 
     def _drop(self, call: Call) -> None:
         """Takes a call that has ended out of the queue, if it is there."""
@@ -528,12 +534,9 @@ class Batcher:
         call.future.set_result(Answer(self._version, tensors, queue_time_us, call.engine_time_us))
 
 
-def _is_over(call: Call, now: float) -> bool:
-    """Returns whether a call's time has passed, or almost."""
-    if math.isinf(call.deadline):
-        return False
-    whole_s = call.deadline - call.enqueued_at
-    return call.deadline <= now + _EXPIRY_SLACK_S + _EXPIRY_SLACK * whole_s
+def _expiry_slack_s(time_s: float) -> float:
+    """Returns how long before its deadline a call of so many seconds may be ended by that."""
+    return min(_EXPIRY_SLACK_S + _EXPIRY_SLACK * time_s, _MOST_EXPIRY_SLACK_S)
 
 
 def _join_pieces(pieces: Sequence[tuple[RawTensor, ...]]) -> tuple[RawTensor, ...]:

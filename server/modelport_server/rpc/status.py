@@ -44,6 +44,17 @@ _REGISTRY_CODES: dict[type[RegistryError], grpc.StatusCode] = {
 }
 
 
+CALL_CODES = (
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+)
+"""What a call that has reached a version may fail with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """What a caller is told."""
