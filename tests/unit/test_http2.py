@@ -397,6 +397,22 @@ async def test_a_window_that_shrinks_below_nothing() -> None:
         assert (await client.answer(1)).messages == [bytes(50)]
 
 
+async def test_what_new_settings_make_room_for_comes_after_their_acknowledgement() -> None:
+    async with serving() as (port, _, _), raw_client(port, {"INITIAL_WINDOW_SIZE": 20}) as client:
+        client.call(1)
+        client.message(1, bytes(50))
+        while len(client.streams[1].data) < 20:
+            await client.next_frame()
+        client.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 100}))
+        kinds: list[int] = []
+        while frames.DATA not in kinds:  # a peer that still counts with its old settings would not take it
+            frame = await client.next_frame()
+            assert frame is not None
+            kinds.append(frame.kind)
+        assert kinds == [frames.SETTINGS, frames.DATA]
+        assert (await client.answer(1)).messages == [bytes(50)]
+
+
 async def test_the_connection_s_window_is_shared() -> None:
     size = 40 * KIB
     window = {"INITIAL_WINDOW_SIZE": 1 << 20}

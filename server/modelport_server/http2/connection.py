@@ -301,12 +301,12 @@ class Connection(asyncio.Protocol):
                 if not all(call.widen(value - self._initial_window) for call in self.open.values()):
                     raise ProtocolError(frames.FLOW_CONTROL_ERROR, "a window that is too large")
                 self._initial_window = value
-                for call in list(self.open.values()):
-                    self.send_all_of(call)
             elif name == frames.MAX_FRAME_SIZE:
                 self.largest_frame = min(value, FRAME_BYTES)
+        # First: a peer counts what comes before as under its old settings, and would not take it.
         self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
-        self.send_waiting()
+        for call in list(self.open.values()):
+            self.send_all_of(call)
 
     def _on_push(self, stream: int, flags: int, payload: bytes) -> None:
         raise ProtocolError(frames.PROTOCOL_ERROR, "a push from a client")
