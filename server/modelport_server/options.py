@@ -60,9 +60,11 @@ def split_host_port(address: str) -> tuple[str, int]:
 
 
 def _is_local(address: str) -> bool:
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    if address.startswith("unix:"):
+        return True
+    host, _ = split_host_port(address)
     try:
-        return address.startswith("unix:") or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
