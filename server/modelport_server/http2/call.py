@@ -289,15 +289,16 @@ class ServerCall:
         self._send_window -= room
         connection.send_window -= room
         self._sent += room
-        connection.send(self._head() + frames.head(room, frames.DATA, 0, self.stream))
-        connection.sent_data()
+        pieces: list[bytes | memoryview] = [self._head() + frames.head(room, frames.DATA, 0, self.stream)]
         while room:
             piece = self._outgoing.popleft()
             if len(piece) > room:
                 self._outgoing.appendleft(piece[room:])
                 piece = piece[:room]
-            connection.send(piece)
+            pieces.append(piece)
             room -= len(piece)
+        connection.send(*pieces)
+        connection.sent_data()
         while self._writers and self._writers[0][0] <= self._sent:
             _, sent = self._writers.popleft()
             if not sent.done():

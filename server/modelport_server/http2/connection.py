@@ -354,12 +354,15 @@ class Connection(asyncio.Protocol):
 
     # What goes out.
 
-    def send(self, data: bytes | memoryview) -> None:
-        """Sends frames, together with others of this turn of the event loop."""
+    def send(self, *pieces: bytes | memoryview) -> None:
+        """Sends frames, together with others of this turn of the event loop; the pieces of one belong into one call.
+
+        To write may have other calls go on, whose frames must not come between.
+        """
         if self._ended:
             return
-        self._out.append(data)
-        self._out_bytes += len(data)
+        self._out += pieces
+        self._out_bytes += sum(map(len, pieces))
         if self._out_bytes >= _FLUSHED_BYTES:
             self._flush()  # which says when there are too many
             if self._paused and self.unsent_bytes > _UNREAD_BYTES:
