@@ -133,7 +133,11 @@ class Server:
         from modelport_server import metrics
 
         told = metrics.ServerMetrics(
-            self._board, self._router, lambda: self._manager.servables, lambda: list(self._grpc.ended.items())
+            self._board,
+            self._router,
+            lambda: self._manager.servables,
+            lambda: self._manager.desired,
+            lambda: list(self._grpc.ended.items()),
         )
         port = await metrics.serve_metrics(self._options.metrics_address, told)
         _log.info("metrics at http://%s/metrics", _shown_address(self._options.metrics_address, port))

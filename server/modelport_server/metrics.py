@@ -13,7 +13,7 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -30,6 +30,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from modelport_registry import State as Desired
 from modelport_server.batching.counts import BOUNDS_S, Counts
 from modelport_server.errors import StartError, cannot_listen
 from modelport_server.options import split_host_port
@@ -56,6 +57,7 @@ class ServerMetrics(Collector):
         board: the state of every version.
         router: says how calls are shared out.
         servables: returns those that are loaded.
+        desired: returns what the registry asks of each model.
         ended: returns what has become of the calls of each gRPC method.
     """
 
@@ -64,17 +66,20 @@ class ServerMetrics(Collector):
         board: StatusBoard,
         router: Router,
         servables: Callable[[], Sequence[Servable]],
+        desired: Callable[[], Mapping[str, Desired]],
         ended: Callable[[], Ended],
     ) -> None:
         self._board = board
         self._router = router
         self._servables = servables
+        self._desired = desired
         self._ended = ended
 
     def collect(self) -> Iterator[Metric]:
         """Yields every metric as it is now."""
         yield from self._of_versions()
         yield self._shares()
+        yield from self._of_rollouts()
         yield from self._of_calls()
         yield self._handled()
 
@@ -127,6 +132,22 @@ class ServerMetrics(Collector):
                 share.add_metric([model, str(version)], part)
         return share
 
+    def _of_rollouts(self) -> Iterator[Metric]:
+        present = InfoMetricFamily("modelport_rollout", "How far the rollout under way is.", labels=[*_VERSION])
+        last = InfoMetricFamily("modelport_last_rollout", "How the last rollout ended.", labels=[*_VERSION])
+        for model, desired in self._desired().items():
+            if (rollout := desired.rollout) is not None:
+                step = rollout.current
+                told = {
+                    "phase": step.kind.value if step is not None else rollout.phase.value,
+                    "step": f"{rollout.step + 1} of {len(rollout.steps)}" if step is not None else "",
+                    "paused": str(rollout.paused).lower(),
+                }
+                present.add_metric([model, str(rollout.version)], told)
+            if (ended := desired.last) is not None:
+                last.add_metric([model, str(ended.version)], {"outcome": ended.outcome})
+        return iter([present, last])
+
     def _of_calls(self) -> Iterator[Metric]:
         calls = CounterMetricFamily(
             "modelport_calls",
@@ -140,6 +161,7 @@ class ServerMetrics(Collector):
         batches = _counter("modelport_batches", "Batches that the engine has run.")
         busy = _counter("modelport_engine_seconds", "How long the engine took for them, all instances together.")
         deaths = _counter("modelport_engine_deaths", "How often the engine process has died.")
+        up = _gauge("modelport_engine_up", "1 while the engine process runs, 0 while it is started again.")
         waiting = _gauge("modelport_waiting_rows", "Rows that wait for the engine.")
         under_way = _gauge("modelport_calls_under_way", "Calls that have no answer yet.")
         for servable in self._servables():
@@ -154,9 +176,10 @@ class ServerMetrics(Collector):
             batches.add_metric(labels, counts.batches)
             busy.add_metric(labels, counts.engine_time_us / 1e6)
             deaths.add_metric(labels, servable.engine_deaths)
+            up.add_metric(labels, servable.is_up)
             waiting.add_metric(labels, servable.waiting_rows)
             under_way.add_metric(labels, servable.leases)
-        return iter([calls, seconds, rows, batches, busy, deaths, waiting, under_way])
+        return iter([calls, seconds, rows, batches, busy, deaths, up, waiting, under_way])
 
     def _handled(self) -> Metric:
         handled = CounterMetricFamily(

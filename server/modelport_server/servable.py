@@ -144,6 +144,11 @@ class Servable:
         return self._engine.pid if self._engine is not None else 0
 
     @property
+    def is_up(self) -> bool:
+        """Whether its engine process runs; calls wait while one that died is started again."""
+        return self._engine is not None and not self._engine.ended.is_set()
+
+    @property
     def counts(self) -> Counts:
         """What has become of its calls."""
         return self._batcher.counts

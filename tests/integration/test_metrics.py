@@ -32,6 +32,7 @@ from modelport_server.servable import Servable
 from tests.integration.test_client_cli import modelport
 from tests.support.expected import Case, by_tensorflow
 from tests.support.launch import program
+from tests.support.rollouts import canary_policy
 from tests.support.rpc import Stream, call, joined, open_channel, outcomes, request, start, start_many, start_raw
 from tests.support.server import ServerProcess, run_server, wait_for
 from tests.support.stub_engine import hold_file, stub_golden, write_stub
@@ -81,6 +82,12 @@ def scrape(server: ServerProcess, path: str = "/metrics") -> Samples:
         for sample in family.samples:
             samples.setdefault(sample.name, []).append((sample.labels, sample.value))
     return samples
+
+
+def page() -> dict[str, set[str]]:
+    """Returns the labels of every metric that the docs name."""
+    rows = re.findall(r"^\| `(\w+)` \|([\w, ]*)\|", PAGE.read_text(), re.MULTILINE)
+    return {name: set(labels.replace(",", "").split()) for name, labels in rows}
 
 
 def of_model(samples: Samples, name: str, model: str, **labels: str) -> list[float]:
@@ -203,11 +210,51 @@ def test_an_engine_that_died_is_counted(server: ServerProcess) -> None:
     def deaths() -> float:
         return sum(value for _, value in scrape(server)["modelport_engine_deaths_total"])
 
-    assert deaths() == 0
+    def up() -> list[float]:
+        return [value for _, value in scrape(server)["modelport_engine_up"]]
+
+    assert (deaths(), up()) == (0, [1, 1])
     children = psutil.Process(server.process.pid).children(recursive=True)
     worker = next(one for one in children if "worker" in " ".join(one.cmdline()))
     worker.kill()
-    wait_for(lambda: deaths() == 1, "the death to be counted", server.alive)
+    wait_for(lambda: sum(up()) == 1, "one engine to be down", server.alive)
+    wait_for(lambda: up() == [1, 1], "it to be back", server.alive)
+    assert deaths() == 1
+
+
+def test_tells_how_far_a_rollout_is_and_how_the_last_one_ended(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+
+    def publish(version: int) -> None:
+        registry.publish("m", write_stub(tmp_path / f"stub{version}", version), golden=[stub_golden(version)])
+
+    publish(1)
+    steps = canary_policy((0.25, 1e6), (0.5, 1e6))
+    registry.set_policy("m", steps)
+    options = ("--metrics-address", "127.0.0.1:0", "--poll-interval", "0.1")
+    with run_server(registry.root, tmp_path / "server", *options, program=program(stub=True)) as server:
+
+        def told(name: str) -> Labels | None:
+            """Returns what the only sample says besides the model, if there is one."""
+            found = scrape(server).get(name, [])
+            assert len(found) <= 1
+            assert all(labels.pop("model") == "m" and value == 1 for labels, value in found)
+            return found[0][0] if found else None
+
+        server.wait_serving("m")
+        wait_for(lambda: told("modelport_rollout_info") is None, "the first version's end", server.alive)
+        assert told("modelport_last_rollout_info") == {"version": "1", "outcome": "promoted"}
+        publish(2)
+        first = {"version": "2", "phase": "canary", "step": "1 of 2", "paused": "false"}
+        wait_for(lambda: told("modelport_rollout_info") == first, "the first step", server.alive)
+        assert page()["modelport_rollout_info"] == {"model", *first}
+        registry.pause_rollout("m")
+        wait_for(lambda: told("modelport_rollout_info") == first | {"paused": "true"}, "the pause", server.alive)
+        registry.rollback("m", reason="complaints")
+        wait_for(lambda: told("modelport_rollout_info") is None, "its end", server.alive)
+        last = {"version": "2", "outcome": "rolled back"}
+        assert told("modelport_last_rollout_info") == last
+        assert page()["modelport_last_rollout_info"] == {"model", *last}
 
 
 def test_the_page_names_every_metric_and_no_other(server: ServerProcess) -> None:
@@ -216,8 +263,8 @@ def test_the_page_names_every_metric_and_no_other(server: ServerProcess) -> None
     for name, found in samples.items():
         labels = {label for names, _ in found for label in names} - {"le"}
         told.setdefault(re.sub(r"_(bucket|count|sum)$", "", name), set()).update(labels)
-    rows = re.findall(r"^\| `(\w+)` \|([\w, ]*)\|", PAGE.read_text(), re.MULTILINE)
-    assert {name: set(labels.replace(",", "").split()) for name, labels in rows} == told
+    of_rollouts = {name: labels for name, labels in page().items() if "rollout" in name}  # there may be none here
+    assert page() == told | of_rollouts
 
 
 def test_openmetrics_is_told_to_who_asks_for_it(server: ServerProcess) -> None:
@@ -241,7 +288,7 @@ async def test_what_fails_in_a_scrape_is_in_the_log_and_the_next_one_is_answered
             raise RuntimeError("it is broken")
         return []
 
-    port = await serve_metrics("127.0.0.1:0", ServerMetrics(StatusBoard(), Router(), servables, lambda: ()))
+    port = await serve_metrics("127.0.0.1:0", ServerMetrics(StatusBoard(), Router(), servables, dict, lambda: ()))
     place = f"http://127.0.0.1:{port}/metrics"
     with pytest.raises(urllib.error.HTTPError, match="500"):
         await asyncio.to_thread(urllib.request.urlopen, place, timeout=20)

@@ -1,4 +1,4 @@
-"""HTTP/2's windows, with a peer that counts as strictly as one may: nothing too early, and nothing for ever held back."""
+"""HTTP/2's windows, with a peer that counts as strictly as one may: nothing too early, nothing held back for ever."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class Peer:
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._unacknowledged: deque[int] = deque()
         self._initial = frames.DEFAULT_WINDOW
-        self._windows = dict.fromkeys((0, *STREAMS), frames.DEFAULT_WINDOW)
-        self._theirs = dict.fromkeys((0, *STREAMS), frames.DEFAULT_WINDOW)
+        self._windows: dict[int, int] = dict.fromkeys((0, *STREAMS), frames.DEFAULT_WINDOW)
+        self._theirs: dict[int, int] = dict.fromkeys((0, *STREAMS), frames.DEFAULT_WINDOW)
         head = RawClient(cast("Any", None), cast("Any", None)).block
         self.server.data_received(frames.PREFACE + frames.settings({frames.MAX_FRAME_SIZE: FRAME_BYTES}))
         self._unacknowledged.append(self._initial)

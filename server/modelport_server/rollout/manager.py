@@ -181,6 +181,11 @@ class RolloutManager:
         """Those of all models that are loaded."""
         return [servable for rollout in list(self._models.values()) for servable in rollout.servables]
 
+    @property
+    def desired(self) -> dict[str, Desired]:
+        """What the registry asks of each model, as far as is known."""
+        return {name: rollout.desired for name, rollout in list(self._models.items())}
+
     async def stop(self) -> None:
         """Ends every engine, and what engines are forked from; a model that fails to end keeps no other from it."""
         try:
