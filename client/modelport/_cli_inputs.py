@@ -134,10 +134,12 @@ def _npy(path: Path) -> Array:
 
 
 def _npy_source(path: Path, options: SourceOptions) -> Source:
-    name = options.sole_input.name
+    spec = options.sole_input
+    name = spec.name
     array = _npy(path)
     if array.ndim == 0:
         raise InputError(f"{path}: holds a single value, and the model takes rows")
+    _check_rows(path, spec, array.shape)
 
     def chunks(rows: int) -> Iterator[dict[str, Array]]:
         for start in range(0, len(array), rows):
@@ -147,8 +149,10 @@ def _npy_source(path: Path, options: SourceOptions) -> Source:
 
 
 def _idx_source(path: Path, options: SourceOptions) -> Source:
-    name = options.sole_input.name
+    spec = options.sole_input
+    name = spec.name
     header = idx.read_header(path)
+    _check_rows(path, spec, header.shape)
 
     def chunks(rows: int) -> Iterator[dict[str, Array]]:
         return ({name: chunk} for chunk in idx.idx_chunks(path, rows))
@@ -220,6 +224,8 @@ def _npz_source(path: Path, options: SourceOptions) -> Source:
             raise InputError(f"{path}: the array {name!r} is a single value, and the model takes rows")
         if member.is_fortran and len(member.shape) > 1:
             raise InputError(f"{path}: the array {name!r} is in Fortran order; save it with np.ascontiguousarray")
+    for spec in options.inputs:
+        _check_rows(path, spec, members[spec.name].shape)
     counts = {name: member.shape[0] for name, member in members.items()}
     if len(set(counts.values())) != 1:
         text = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -271,8 +277,22 @@ def _image_shape(spec: TensorLike) -> tuple[int | None, int | None, int | None]:
             return spec.shape[1], spec.shape[2], None
         if len(spec.shape) == 4 and spec.shape[3] in (1, 3):
             return spec.shape[1], spec.shape[2], spec.shape[3]
-    shown = "of any shape" if spec.shape is None else str(list(spec.shape)).replace("None", "any")
-    raise InputError(f"input {spec.name} takes {spec.dtype} {shown}; images make uint8 [any, height, width]")
+    raise InputError(
+        f"input {spec.name} takes {spec.dtype} {_shown(spec.shape)}; images make uint8 [any, height, width]"
+    )
+
+
+def _check_rows(path: Path, spec: TensorLike, shape: Sequence[int]) -> None:
+    """Checks the shape of a row here: a server knows the pieces that it gets, and not the file."""
+    if spec.shape is None:
+        return
+    sizes, wanted = shape[1:], spec.shape[1:]
+    if len(shape) != len(spec.shape) or any(want not in (None, size) for size, want in zip(sizes, wanted, strict=True)):
+        raise InputError(f"{path}: has shape {list(shape)}, and input {spec.name} takes {_shown(spec.shape)}")
+
+
+def _shown(shape: Sequence[int | None] | None) -> str:
+    return "of any shape" if shape is None else str(list(shape)).replace("None", "any")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from modelport.idx import idx_chunks, is_idx, read_header, read_idx
 
 CODES = {"u1": 8, "i1": 9, "i2": 11, "i4": 12, "f4": 13, "f8": 14}
 IMAGES = SourceOptions(inputs=[TensorInfo(name="images", dtype="uint8", shape=(None, 4, 3))])
+OTHER_SHAPES = {"tall.npy": (9, 5, 3), "flat.npz": (9, 12), "wide-idx3-ubyte": (9, 4, 4)}
 FREE = SourceOptions(inputs=[TensorInfo(name="x", dtype="float32", shape=None)])
 
 
@@ -143,6 +144,14 @@ def make_bad(folder: Path, kind: str) -> Path:
         np.savez(path, images=np.array([object()]))
     elif kind == "fortran.npz":
         np.savez(path, images=np.asfortranarray(np.zeros((4, 4, 3), np.uint8)))
+    elif kind in OTHER_SHAPES:
+        array = np.zeros(OTHER_SHAPES[kind], np.uint8)
+        if kind.endswith(".npy"):
+            np.save(path, array)
+        elif kind.endswith(".npz"):
+            np.savez(path, images=array)
+        else:
+            path.write_bytes(idx_bytes(array))
     elif kind == "scalar.npy":
         np.save(path, np.array(1))
     elif kind == "nokey.npz":
@@ -171,6 +180,9 @@ def make_bad(folder: Path, kind: str) -> Path:
         ("objects.npz", "holds Python objects"),
         ("fortran.npz", "Fortran order"),
         ("scalar.npy", "single value"),
+        ("tall.npy", "has shape [9, 5, 3], and input images takes [any, 4, 3]"),
+        ("flat.npz", "has shape [9, 12], and input images takes [any, 4, 3]"),
+        ("wide-idx3-ubyte", "has shape [9, 4, 4], and input images takes [any, 4, 3]"),
         ("nokey.npz", "has no array 'images', which the model takes; it has pictures"),
         ("short.npz", "the array ends early"),
     ],
