@@ -139,7 +139,7 @@ def _npy_source(path: Path, options: SourceOptions) -> Source:
     array = _npy(path)
     if array.ndim == 0:
         raise InputError(f"{path}: holds a single value, and the model takes rows")
-    _check_rows(path, spec, array.shape)
+    _check_rows(f"{path}:", spec, array.shape)
 
     def chunks(rows: int) -> Iterator[dict[str, Array]]:
         for start in range(0, len(array), rows):
@@ -152,7 +152,7 @@ def _idx_source(path: Path, options: SourceOptions) -> Source:
     spec = options.sole_input
     name = spec.name
     header = idx.read_header(path)
-    _check_rows(path, spec, header.shape)
+    _check_rows(f"{path}:", spec, header.shape)
 
     def chunks(rows: int) -> Iterator[dict[str, Array]]:
         return ({name: chunk} for chunk in idx.idx_chunks(path, rows))
@@ -225,7 +225,7 @@ def _npz_source(path: Path, options: SourceOptions) -> Source:
         if member.is_fortran and len(member.shape) > 1:
             raise InputError(f"{path}: the array {name!r} is in Fortran order; save it with np.ascontiguousarray")
     for spec in options.inputs:
-        _check_rows(path, spec, members[spec.name].shape)
+        _check_rows(f"{path}: the array {spec.name!r}", spec, members[spec.name].shape)
     counts = {name: member.shape[0] for name, member in members.items()}
     if len(set(counts.values())) != 1:
         text = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -282,13 +282,13 @@ def _image_shape(spec: TensorLike) -> tuple[int | None, int | None, int | None]:
     )
 
 
-def _check_rows(path: Path, spec: TensorLike, shape: Sequence[int]) -> None:
+def _check_rows(what: str, spec: TensorLike, shape: Sequence[int]) -> None:
     """Checks the shape of a row here: a server knows the pieces that it gets, and not the file."""
     if spec.shape is None:
         return
     sizes, wanted = shape[1:], spec.shape[1:]
     if len(shape) != len(spec.shape) or any(want not in (None, size) for size, want in zip(sizes, wanted, strict=True)):
-        raise InputError(f"{path}: has shape {list(shape)}, and input {spec.name} takes {_shown(spec.shape)}")
+        raise InputError(f"{what} has shape {list(shape)}, and input {spec.name} takes {_shown(spec.shape)}")
 
 
 def _shown(shape: Sequence[int | None] | None) -> str:

@@ -1,7 +1,8 @@
 """Metrics over HTTP, in the formats of Prometheus and OpenMetrics. Imported only where they are asked for.
 
-What they tell is what the status board and the servables hold anyway: nothing is done for them while calls are
-answered but to count. A scrape reads that in a thread of its own.
+What they tell is what the status board, the servables and the rollouts hold anyway: nothing is done for them while
+calls are answered but to count. A scrape reads that in a thread of its own. Of rollouts it reads what the registry asks
+for, which never changes once it is there: a verdict is worked out from figures that the event loop adds to.
 """
 
 from __future__ import annotations
@@ -133,20 +134,29 @@ class ServerMetrics(Collector):
         return share
 
     def _of_rollouts(self) -> Iterator[Metric]:
-        present = InfoMetricFamily("modelport_rollout", "How far the rollout under way is.", labels=[*_VERSION])
-        last = InfoMetricFamily("modelport_last_rollout", "How the last rollout ended.", labels=[*_VERSION])
+        phase = GaugeMetricFamily(
+            "modelport_rollout_phase",
+            "1 for the phase that the rollout under way is in.",
+            labels=[*_VERSION, "phase", "step_kind"],
+        )
+        step = _gauge("modelport_rollout_step", "The number of the step that it is in, from 1; 0 in other phases.")
+        steps = _gauge("modelport_rollout_steps", "How many steps its plan has.")
+        paused = _gauge("modelport_rollout_paused", "1 while it is paused, else 0.")
+        end = GaugeMetricFamily(
+            "modelport_last_rollout_end_time_seconds",
+            "When the last rollout ended, in seconds since 1970.",
+            labels=[*_VERSION, "outcome"],
+        )
         for model, desired in self._desired().items():
             if (rollout := desired.rollout) is not None:
-                step = rollout.current
-                told = {
-                    "phase": step.kind.value if step is not None else rollout.phase.value,
-                    "step": f"{rollout.step + 1} of {len(rollout.steps)}" if step is not None else "",
-                    "paused": str(rollout.paused).lower(),
-                }
-                present.add_metric([model, str(rollout.version)], told)
+                labels, current = [model, str(rollout.version)], rollout.current
+                phase.add_metric([*labels, rollout.phase.value, current.kind.value if current is not None else ""], 1)
+                step.add_metric(labels, rollout.step + 1 if current is not None else 0)
+                steps.add_metric(labels, len(rollout.steps))
+                paused.add_metric(labels, rollout.paused)
             if (ended := desired.last) is not None:
-                last.add_metric([model, str(ended.version)], {"outcome": ended.outcome})
-        return iter([present, last])
+                end.add_metric([model, str(ended.version), ended.outcome], ended.at.timestamp())
+        return iter([phase, step, steps, paused, end])
 
     def _of_calls(self) -> Iterator[Metric]:
         calls = CounterMetricFamily(
@@ -161,7 +171,7 @@ class ServerMetrics(Collector):
         batches = _counter("modelport_batches", "Batches that the engine has run.")
         busy = _counter("modelport_engine_seconds", "How long the engine took for them, all instances together.")
         deaths = _counter("modelport_engine_deaths", "How often the engine process has died.")
-        up = _gauge("modelport_engine_up", "1 while the engine process runs, 0 while it is started again.")
+        up = _gauge("modelport_engine_up", "1 while the engine process runs, 0 from its death until it is back.")
         waiting = _gauge("modelport_waiting_rows", "Rows that wait for the engine.")
         under_way = _gauge("modelport_calls_under_way", "Calls that have no answer yet.")
         for servable in self._servables():

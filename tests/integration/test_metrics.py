@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from modelport.v1 import model_pb2
 from modelport_registry import Golden, Registry
-from modelport_server.gates.result import SPEED
+from modelport_server.gates.result import LOAD, SPEED
 from modelport_server.metrics import ServerMetrics, serve_metrics
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
@@ -32,10 +32,10 @@ from modelport_server.servable import Servable
 from tests.integration.test_client_cli import modelport
 from tests.support.expected import Case, by_tensorflow
 from tests.support.launch import program
-from tests.support.rollouts import canary_policy
+from tests.support.rollouts import AT_ONCE, canary_policy
 from tests.support.rpc import Stream, call, joined, open_channel, outcomes, request, start, start_many, start_raw
 from tests.support.server import ServerProcess, run_server, wait_for
-from tests.support.stub_engine import hold_file, stub_golden, write_stub
+from tests.support.stub_engine import hold_file, reached_file, stub_golden, write_stub
 from tests.support.zoo import INPUTS
 
 MODELS = {"two_inputs": "serving_default", "bad_rows": "serving_default"}
@@ -206,55 +206,84 @@ def test_calls_that_expire_are_told_apart_from_those_that_are_given_up(tmp_path:
     assert of_model(samples, "modelport_calls_total", "m", grpc_code="CANCELLED") == [1]
 
 
-def test_an_engine_that_died_is_counted(server: ServerProcess) -> None:
-    def deaths() -> float:
-        return sum(value for _, value in scrape(server)["modelport_engine_deaths_total"])
+def test_an_engine_that_died_is_counted_and_down_until_it_is_back(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.publish("m", write_stub(tmp_path / "stub", 1), golden=[stub_golden(1)])
+    hold = tmp_path / "hold"
+    hold.mkdir()
+    options = ("--metrics-address", "127.0.0.1:0")
+    with run_server(registry.root, tmp_path / "server", *options, program=program(stub=True, hold=hold)) as server:
 
-    def up() -> list[float]:
-        return [value for _, value in scrape(server)["modelport_engine_up"]]
+        def up() -> list[float]:
+            return of_model(scrape(server), "modelport_engine_up", "m", version="1")
 
-    assert (deaths(), up()) == (0, [1, 1])
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    worker = next(one for one in children if "worker" in " ".join(one.cmdline()))
-    worker.kill()
-    wait_for(lambda: sum(up()) == 1, "one engine to be down", server.alive)
-    wait_for(lambda: up() == [1, 1], "it to be back", server.alive)
-    assert deaths() == 1
+        def deaths() -> list[float]:
+            return of_model(scrape(server), "modelport_engine_deaths_total", "m", version="1")
+
+        server.wait_serving("m")
+        assert (up(), deaths()) == ([1], [0])
+        hold_file(hold, 1, LOAD).touch()  # where the next process waits
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        next(one for one in children if "worker" in " ".join(one.cmdline())).kill()
+        wait_for(reached_file(hold, 1, LOAD).exists, "the next process", server.alive)
+        assert (up(), deaths()) == ([0], [1])
+        hold_file(hold, 1, LOAD).unlink()
+        wait_for(lambda: up() == [1], "the engine to be back", server.alive)
+        assert deaths() == [1]
 
 
 def test_tells_how_far_a_rollout_is_and_how_the_last_one_ended(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
+    hold = tmp_path / "hold"
+    hold.mkdir()
 
     def publish(version: int) -> None:
         registry.publish("m", write_stub(tmp_path / f"stub{version}", version), golden=[stub_golden(version)])
 
     publish(1)
-    steps = canary_policy((0.25, 1e6), (0.5, 1e6))
-    registry.set_policy("m", steps)
+    registry.set_policy("m", AT_ONCE)
     options = ("--metrics-address", "127.0.0.1:0", "--poll-interval", "0.1")
-    with run_server(registry.root, tmp_path / "server", *options, program=program(stub=True)) as server:
+    with run_server(registry.root, tmp_path / "server", *options, program=program(stub=True, hold=hold)) as server:
 
-        def told(name: str) -> Labels | None:
-            """Returns what the only sample says besides the model, if there is one."""
-            found = scrape(server).get(name, [])
-            assert len(found) <= 1
-            assert all(labels.pop("model") == "m" and value == 1 for labels, value in found)
-            return found[0][0] if found else None
+        def told(samples: Samples) -> dict[str, tuple[Labels, float]]:
+            """Returns what is told of rollouts, by what follows ``rollout_`` in its name."""
+            found = {name.partition("rollout_")[2]: of for name, of in samples.items() if "rollout_" in name}
+            assert all(len(of) == 1 and of[0][0].pop("model") == "m" for of in found.values())
+            assert all(page()[name] == {"model", *of[0][0]} for name, of in samples.items() if "rollout_" in name)
+            return {name: of[0] for name, of in found.items()}
+
+        def wait_told(phase: str, kind: str, step: int, *, paused: bool = False) -> None:
+            of_candidate = {"version": "2"}
+            wanted: dict[str, tuple[Labels, float]] = {
+                "phase": ({"version": "2", "phase": phase, "step_kind": kind}, 1),
+                "step": (of_candidate, step),
+                "steps": (of_candidate, 2),
+                "paused": (of_candidate, paused),
+            }
+            wait_for(lambda: wanted.items() <= told(scrape(server)).items(), f"{phase} {step}", server.alive)
+
+        def wait_ended(version: int, outcome: str) -> None:
+            wait_for(lambda: told(scrape(server)).keys() == {"end_time_seconds"}, "its end", server.alive)
+            last = registry.state("m").last
+            assert last is not None
+            labels = {"version": str(version), "outcome": outcome}
+            assert told(scrape(server))["end_time_seconds"] == (labels, pytest.approx(last.at.timestamp()))
 
         server.wait_serving("m")
-        wait_for(lambda: told("modelport_rollout_info") is None, "the first version's end", server.alive)
-        assert told("modelport_last_rollout_info") == {"version": "1", "outcome": "promoted"}
+        wait_ended(1, "promoted")
+        registry.set_policy("m", canary_policy((0.25, 1e6), (0.5, 1e6), watch_s=1e6))
+        hold_file(hold, 2, LOAD).touch()
         publish(2)
-        first = {"version": "2", "phase": "canary", "step": "1 of 2", "paused": "false"}
-        wait_for(lambda: told("modelport_rollout_info") == first, "the first step", server.alive)
-        assert page()["modelport_rollout_info"] == {"model", *first}
+        wait_told("gates", "", 0)
+        hold_file(hold, 2, LOAD).unlink()
+        wait_told("step", "canary", 1)
         registry.pause_rollout("m")
-        wait_for(lambda: told("modelport_rollout_info") == first | {"paused": "true"}, "the pause", server.alive)
+        wait_told("step", "canary", 1, paused=True)
+        registry.resume_rollout("m")
+        registry.promote("m")
+        wait_told("watch", "", 0)
         registry.rollback("m", reason="complaints")
-        wait_for(lambda: told("modelport_rollout_info") is None, "its end", server.alive)
-        last = {"version": "2", "outcome": "rolled back"}
-        assert told("modelport_last_rollout_info") == last
-        assert page()["modelport_last_rollout_info"] == {"model", *last}
+        wait_ended(2, "rolled back")
 
 
 def test_the_page_names_every_metric_and_no_other(server: ServerProcess) -> None:
@@ -263,8 +292,8 @@ def test_the_page_names_every_metric_and_no_other(server: ServerProcess) -> None
     for name, found in samples.items():
         labels = {label for names, _ in found for label in names} - {"le"}
         told.setdefault(re.sub(r"_(bucket|count|sum)$", "", name), set()).update(labels)
-    of_rollouts = {name: labels for name, labels in page().items() if "rollout" in name}  # there may be none here
-    assert page() == told | of_rollouts
+    assert {name: labels for name, labels in page().items() if name in told} == told
+    assert all("rollout_" in name for name in page().keys() - told.keys())  # there may be none here
 
 
 def test_openmetrics_is_told_to_who_asks_for_it(server: ServerProcess) -> None:

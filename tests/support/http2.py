@@ -81,10 +81,7 @@ class RawClient:
 
     def block(self, path: str = ECHO, **more: str) -> bytes:
         """Returns the headers of a call; a value that is empty leaves a header out."""
-        fields = {":method": "POST", ":scheme": "http", ":path": path, "te": "trailers"}
-        fields["content-type"] = "application/grpc"
-        fields |= {name.replace("_", "-"): value for name, value in more.items()}
-        return bytes(self._encoder.encode([(name, value) for name, value in fields.items() if value]))
+        return request_block(path, self._encoder, **more)
 
     def call(self, stream: int, path: str = ECHO, ended: bool = False, **more: str) -> None:
         """Sends the headers of a call."""
@@ -150,6 +147,13 @@ class RawClient:
         while await self.next_frame() is not None:
             pass
         return self.frames[first:]
+
+
+def request_block(path: str = ECHO, encoder: Encoder | None = None, **more: str) -> bytes:
+    """Returns the headers of a call; a value that is empty leaves a header out."""
+    fields = {":method": "POST", ":scheme": "http", ":path": path, "te": "trailers", "content-type": "application/grpc"}
+    fields |= {name.replace("_", "-"): value for name, value in more.items()}
+    return bytes((encoder or Encoder()).encode([(name, value) for name, value in fields.items() if value]))
 
 
 async def eventually(condition: Callable[[], object]) -> None:

@@ -181,7 +181,7 @@ def make_bad(folder: Path, kind: str) -> Path:
         ("fortran.npz", "Fortran order"),
         ("scalar.npy", "single value"),
         ("tall.npy", "has shape [9, 5, 3], and input images takes [any, 4, 3]"),
-        ("flat.npz", "has shape [9, 12], and input images takes [any, 4, 3]"),
+        ("flat.npz", "the array 'images' has shape [9, 12], and input images takes [any, 4, 3]"),
         ("wide-idx3-ubyte", "has shape [9, 4, 4], and input images takes [any, 4, 3]"),
         ("nokey.npz", "has no array 'images', which the model takes; it has pictures"),
         ("short.npz", "the array ends early"),
@@ -201,8 +201,13 @@ def test_models_with_several_inputs_take_an_npz_or_a_name(tmp_path: Path) -> Non
     np.save(tmp_path / "a.npy", np.zeros(3, np.int8))
     np.savez(tmp_path / "ab.npz", a=np.zeros(3), b=np.ones(3))
     np.savez(tmp_path / "odd.npz", a=np.zeros(3), b=np.ones(4))
+    np.savez(tmp_path / "wide.npz", a=np.zeros(3), b=np.ones((3, 2)))
     options = SourceOptions(inputs=specs)
     assert set(read_all([tmp_path / "ab.npz"], options)) == {"a", "b"}
+    with pytest.raises(InputError, match=r"the array 'b' has shape \[3, 2\], and input b takes \[any\]"):
+        open_sources([tmp_path / "wide.npz"], options)
+    free = SourceOptions(inputs=[TensorInfo(name="b", dtype="int8", shape=(None, None))])
+    assert read_all([tmp_path / "wide.npz"], free)["b"].shape == (3, 2)
     with pytest.raises(InputError, match=r"2 inputs \(a, b\): give an .npz, or say --input-name"):
         open_sources([tmp_path / "a.npy"], options)
     with pytest.raises(InputError, match="a 3, b 4"):

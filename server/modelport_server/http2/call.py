@@ -381,8 +381,13 @@ class ServerCall:
         self.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
     def _finish(self, trailers: bytes) -> None:
+        self._drop_outgoing()  # first: to write may have calls go on that were held back
         self._connection.send(self._last(trailers))
         self._close()
+
+    def _drop_outgoing(self) -> None:
+        self._outgoing.clear()
+        self._sent = self._queued
 
     def _limit(self, stall_s: float = math.inf) -> None:
         """Ends the call if what is to be sent has to wait for too long."""
@@ -400,6 +405,7 @@ class ServerCall:
 
     def reset(self, code: int) -> None:
         """Ends the call without a status."""
+        self._drop_outgoing()
         self._connection.send(frames.reset(self.stream, code))
         self.give_up()
 
@@ -417,7 +423,7 @@ class ServerCall:
         self._unlimit()
         self._messages.clear()
         self._partial.clear()
-        self._outgoing.clear()
+        self._drop_outgoing()
         self._on_complete = None
         if self._reader is not None:
             self._reader.cancel()
