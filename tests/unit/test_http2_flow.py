@@ -20,7 +20,7 @@ from modelport_server.http2.connection import Connection
 from modelport_server.http2.headers import RequestHead
 from tests.support.http2 import prefixed, request_block
 
-STREAMS = (1, 3, 5)
+STREAMS = (1, 3)
 ROOM = 100_000
 """Of a connection and of a call of this server, in bytes; far fewer than it has, to be used up soon."""
 FRAME_BYTES = 128 * 1024
@@ -285,7 +285,7 @@ def steps() -> st.SearchStrategy[list[Step]]:
     streams = st.sampled_from(STREAMS)
     sizes = st.sampled_from((0, 10, 1_000, 30_000, 90_000))
     delivered = st.sampled_from((None, 0, 5_000, PLENTY, PLENTY))
-    windows = st.sampled_from((0, 1, 100, 20_000, 70_000, 500_000))
+    windows = st.sampled_from((0, 100, 70_000, 500_000))
     growth = st.sampled_from((1, 1_000, 50_000))
     often = st.one_of(
         st.tuples(st.just(Peer.answer), streams, sizes, delivered),
@@ -319,7 +319,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "CONNECTION_WINDOW", ROOM)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(todo=steps(), at_once=st.lists(st.sampled_from((0, 10_000, 100_000, PLENTY)), min_size=1, max_size=4))
 def test_everything_comes_whole_and_within_the_windows(todo: list[Step], at_once: list[int]) -> None:
     asyncio.run(_go(todo, at_once))
