@@ -74,6 +74,7 @@ class Servable:
         cores: told what engine processes do, if anything is.
         candidates: the engines that are tried, each group only if nothing of the one before will do.
         golden: the version's golden examples, by which engines are measured; without them the first one is taken.
+        usual: what runs the version that this one is to take over from.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Servable:
         cores: CoreSharing | None = None,
         candidates: Sequence[Sequence[Candidate]] = ((Candidate(TENSORFLOW),),),
         golden: Sequence[Golden] = (),
+        usual: Candidate | None = None,
     ) -> None:
         self.model = order.model
         self.version = order.version
@@ -97,6 +99,8 @@ class Servable:
         self.engine_name = ""
         self.attempts: tuple[Attempt, ...] = ()
         self.precision = FLOAT32
+        self.candidate: Candidate | None = None
+        """What runs it, once that is chosen."""
         self.parallelism = Parallelism()
         self.batch_size = limits.max_batch_size
         """The most rows that run together."""
@@ -119,6 +123,7 @@ class Servable:
         self._cores = cores
         self._candidates = candidates
         self._golden = golden
+        self._usual = usual
         self._probes: dict[Call, Probe | None] = {}
         self._engine: EngineProcess | None = None
         self._batcher = Batcher(self, limits, order.version)
@@ -199,12 +204,14 @@ class Servable:
             new_process=self._new_process,
             signatures=self.manifest.signatures,
             golden=self._golden,
+            usual=self._usual,
             measuring=self._cores.measuring if self._cores is not None else lambda pids: nullcontext(),
             wide=wide(len(ALL_CORES)),
         )
         chosen = await choice.run()
         self._engine = chosen.process
         self.attempts = self.attempts or chosen.attempts
+        self.candidate = chosen.candidate
         self.precision = chosen.candidate.precision
         self.parallelism = chosen.loaded.parallelism
         if not self.engine_name:  # later the machine may be busy, and callers are used to the sizes that it has

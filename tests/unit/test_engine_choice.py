@@ -93,6 +93,8 @@ class Machine:
     """What a row takes by itself."""
     parallelism: Parallelism | None = None
     """What the order asks for."""
+    usual: Candidate | None = None
+    """What runs the version in charge."""
     aside: list[int] = field(default_factory=list[int])
     """Who was kept from the callers' cores while it was measured."""
 
@@ -110,6 +112,7 @@ class Machine:
             new_process=self._new,
             signatures={"serving_default": SPEC},
             golden=self.golden,
+            usual=self.usual,
             measuring=self._measuring,
             wide=WIDE,
         )
@@ -145,6 +148,28 @@ async def test_the_faster_one_is_taken(openvino_us: float, winner: str) -> None:
     assert times["tensorflow 1.0"] == pytest.approx({1: 0.2, 32: 0.2, 128: 0.2})
     assert [process.first for process in machine.processes] == [True, False]
     assert machine.aside == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("usual", "tensorflow_us", "winner", "why"),
+    [
+        (OPENVINO, 95.0, "openvino", "hardly faster than openvino 1.0, which runs the version in charge"),
+        (OPENVINO, 85.0, "tensorflow", "slower than tensorflow 1.0"),
+        (OPENVINO, 105.0, "openvino", "slower than openvino 1.0"),
+        (TENSORFLOW, 105.0, "tensorflow", "hardly faster than tensorflow 1.0, which runs the version in charge"),
+        (Candidate("openvino", "bfloat16"), 95.0, "tensorflow", "slower than tensorflow 1.0"),
+        (None, 95.0, "tensorflow", "slower than tensorflow 1.0"),
+    ],
+)
+async def test_the_engine_of_the_version_in_charge_is_kept_unless_another_one_is_clearly_faster(
+    usual: Candidate | None, tensorflow_us: float, winner: str, why: str
+) -> None:
+    machine = Machine({"openvino": lambda rows: 100.0 * rows, "tensorflow": lambda rows: tensorflow_us * rows})
+    machine.usual = usual
+    chosen = await machine.choose()
+    machine.check_only(chosen)
+    assert chosen.candidate.engine == winner
+    assert [attempt.reason for attempt in chosen.attempts] == [why, ""]
 
 
 async def test_all_sizes_count() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modelport_registry import Registry
 from modelport_server.engines import ahead, spawner
+from modelport_server.engines.choice import Candidate
 from modelport_server.options import EngineRules, ServerOptions
 from modelport_server.rollout import manager as managers
 from modelport_server.rollout import model as models
@@ -17,6 +19,7 @@ from modelport_server.rollout.manager import RolloutManager
 from modelport_server.rollout.model import ModelRollout
 from modelport_server.rollout.status import StatusBoard
 from modelport_server.routing import Router
+from modelport_server.servable import Servable
 from tests.support.launch import compare_speed_at_once, run_stub
 from tests.support.server import wait_for
 from tests.support.stub_engine import HOLD, stub_golden, write_stub
@@ -60,13 +63,21 @@ async def test_a_model_that_fails_to_end_leaves_nothing_behind(
     assert "a: its engines could not be ended" in caplog.text
 
 
-async def test_a_candidate_s_batches_are_those_of_the_version_that_it_is_compared_with(
+async def test_a_candidate_s_batches_and_usual_engine_are_those_of_the_version_that_it_is_compared_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(HOLD, "")
     for module in (ahead, spawner):
         monkeypatch.setattr(module, "run_module", run_stub)
     monkeypatch.setattr(models, "compare_speed", compare_speed_at_once)
+    usual: list[Candidate | None] = []
+
+    class Recorded(Servable):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            usual.append(options["usual"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(models, "Servable", Recorded)
     registry = Registry(tmp_path / "registry")
 
     def publish(tag: int) -> None:
@@ -90,6 +101,7 @@ async def test_a_candidate_s_batches_are_those_of_the_version_that_it_is_compare
         await asyncio.to_thread(wait_for, lambda: in_charge() == 2, "the second version")
         second = router.resolve("m")
         assert (second.version, second.batch_size, second.efficient_batch_size) == (2, 77, 33)
+        assert usual == [None, Candidate("tensorflow")]
         assert {servable.version for servable in manager.servables} <= {1, 2}
     finally:
         running.cancel()

@@ -31,6 +31,9 @@ _MIDDLE_ROWS = 32
 _LONG_ROW_MS = 5.0
 """From here on it is measured whether a batch that has all cores is better than several that share them. In shorter
 runs the threads of one batch lose more by waiting for each other than they gain."""
+_MUCH_FASTER = 1.1
+"""How many times as long the engine of the version in charge may take and yet be taken: what is measured varies by a
+few per cent, and two versions are told apart the better by their speed and answers the more is alike."""
 _OF_ENGINES = (gates.LOAD, gates.GOLDEN, gates.WARM_UP)
 """The gates that one engine may fail and another one pass."""
 
@@ -136,6 +139,8 @@ class EngineChoice(Generic[AnyLoader]):
     golden: Sequence[Golden]
     measuring: Callable[[Callable[[], Set[int]]], AbstractContextManager[object]] = lambda pids: nullcontext()
     """Entered with what returns the pids of the engines that are measured, so that callers of others do not notice."""
+    usual: Candidate | None = None
+    """What runs the version that this one is to take over from: kept unless another one is clearly faster."""
     wide: Parallelism = ALONE
     """What is tried besides where a single row takes long and the order leaves it open."""
     clock: Callable[[], float] = time.monotonic
@@ -216,10 +221,16 @@ class EngineChoice(Generic[AnyLoader]):
         await passed.process.stop()
 
     async def _take_fastest(self) -> Chosen[AnyLoader]:
-        best = min(self._passed, key=lambda passed: passed.score)
+        fastest = best = min(self._passed, key=lambda passed: passed.score)
+        usual = [passed for passed in self._passed if passed.runs_on(self.usual)]
+        if usual:
+            best = min([*usual, fastest], key=lambda passed: passed.score / (_MUCH_FASTER if passed in usual else 1.0))
         for passed in [passed for passed in self._passed if passed is not best]:
             same = passed.loaded.engine == best.loaded.engine
-            await self._drop(passed, f"slower than {best.loaded.parallelism.text if same else best.loaded.engine}")
+            why = f"slower than {best.loaded.parallelism.text if same else best.loaded.engine}"
+            if passed.score < best.score:
+                why = f"hardly faster than {best.loaded.engine}, which runs the version in charge"
+            await self._drop(passed, why)
         self._attempts.append(best.attempt(""))
         return Chosen(best.process, best.loaded, best.candidate, tuple(self._attempts))
 
@@ -262,6 +273,10 @@ class _Passed(Generic[AnyLoader]):
     process: AnyLoader
     loaded: Loaded
     _times_us: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
+
+    def runs_on(self, other: Candidate | None) -> bool:
+        mine = self.candidate
+        return other is not None and (mine.engine, mine.precision) == (other.engine, other.precision)
 
     async def measure(self, spec: SignatureSpec, inputs: Inputs, rows: int) -> None:
         spent = await probe(self.process, spec, inputs)

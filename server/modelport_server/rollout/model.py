@@ -25,7 +25,7 @@ from modelport_registry import (
     transitions,
 )
 from modelport_registry import State as Desired
-from modelport_server.engines.choice import candidates
+from modelport_server.engines.choice import Candidate, candidates
 from modelport_server.engines.cores import CoreSharing
 from modelport_server.engines.parallel import Parallelism
 from modelport_server.engines.process import LoadOrder, RejectedError
@@ -483,6 +483,7 @@ class ModelRollout:
             cores=self._cores,
             candidates=groups,
             golden=golden,
+            usual=self._usual_engine(number),
         )
 
     def _order(self, number: int) -> LoadOrder:
@@ -512,6 +513,11 @@ class ModelRollout:
         """Returns how many batches of a candidate run at once: as many as of the version that it is compared with."""
         alike = stable.servable.parallelism if stable is not None and stable.servable is not None else None
         return self._options.engine_rules(self._name).parallelism or alike
+
+    def _usual_engine(self, number: int) -> Candidate | None:
+        """Returns what runs the version that a candidate is compared with."""
+        stable = self._stable_beside(number)
+        return stable.servable.candidate if stable is not None and stable.servable is not None else None
 
     def _stable_beside(self, number: int) -> Tracked | None:
         """Returns the version that a candidate has to measure up to; None for one that is no candidate."""
