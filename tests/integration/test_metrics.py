@@ -266,8 +266,9 @@ def test_tells_how_far_a_rollout_is_and_how_the_last_one_ended(tmp_path: Path) -
             wait_for(lambda: told(scrape(server)).keys() == {"end_time_seconds"}, "its end", server.alive)
             last = registry.state("m").last
             assert last is not None
-            labels = {"version": str(version), "outcome": outcome}
-            assert told(scrape(server))["end_time_seconds"] == (labels, pytest.approx(last.at.timestamp()))
+            labels, ended_at = told(scrape(server))["end_time_seconds"]
+            assert labels == {"version": str(version), "outcome": outcome}
+            assert ended_at == pytest.approx(last.at.timestamp())
 
         server.wait_serving("m")
         wait_ended(1, "promoted")
