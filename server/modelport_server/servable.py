@@ -98,7 +98,6 @@ class Servable:
         self.signatures: dict[str, ServedSignature] = {}
         self.engine_name = ""
         self.attempts: tuple[Attempt, ...] = ()
-        self.precision = FLOAT32
         self.candidate: Candidate | None = None
         """What runs it, once that is chosen."""
         self.parallelism = Parallelism()
@@ -147,6 +146,11 @@ class Servable:
     def pid(self) -> int:
         """The engine's process id."""
         return self._engine.pid if self._engine is not None else 0
+
+    @property
+    def precision(self) -> str:
+        """What it computes in."""
+        return self.candidate.precision if self.candidate is not None else FLOAT32
 
     @property
     def is_up(self) -> bool:
@@ -212,7 +216,6 @@ class Servable:
         self._engine = chosen.process
         self.attempts = self.attempts or chosen.attempts
         self.candidate = chosen.candidate
-        self.precision = chosen.candidate.precision
         self.parallelism = chosen.loaded.parallelism
         if not self.engine_name:  # later the machine may be busy, and callers are used to the sizes that it has
             if self._limits.adaptive and self._order.in_haste and chosen.loaded.best_size:

@@ -112,6 +112,8 @@ class Peer:
         """Those that either side has broken off."""
         self._begun: set[int] = set()
         self._ended: set[int] = set()
+        self._given_up: set[int] = set()
+        """Those that the peer has reset: what was on its way may still come."""
         self._unsent: defaultdict[int, bytes] = defaultdict(bytes)
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._unacknowledged: deque[int] = deque()
@@ -171,6 +173,7 @@ class Peer:
         if stream not in self._ended:
             self.broken.add(stream)
             self._ended.add(stream)
+            self._given_up.add(stream)
             self.server.data_received(frames.reset(stream, frames.CANCEL))
 
     # What follows from that.
@@ -206,7 +209,7 @@ class Peer:
         if kind == frames.DATA:
             assert len(payload) <= min(self._windows[0], self._windows[stream], FRAME_BYTES)
             assert stream in self._begun
-            assert stream not in self._ended or stream in self.broken
+            assert stream not in self._ended or stream in self._given_up
             self._windows[0] -= len(payload)
             self._windows[stream] -= len(payload)
             self.received[stream] += payload

@@ -221,10 +221,10 @@ class EngineChoice(Generic[AnyLoader]):
         await passed.process.stop()
 
     async def _take_fastest(self) -> Chosen[AnyLoader]:
-        fastest = best = min(self._passed, key=lambda passed: passed.score)
-        usual = [passed for passed in self._passed if passed.runs_on(self.usual)]
-        if usual:
-            best = min([*usual, fastest], key=lambda passed: passed.score / (_MUCH_FASTER if passed in usual else 1.0))
+        fastest = min(self._passed, key=lambda passed: passed.score)
+        of_usual = (passed for passed in self._passed if passed.runs_on(self.usual))
+        usual = min(of_usual, key=lambda passed: passed.score, default=fastest)
+        best = usual if usual.score <= _MUCH_FASTER * fastest.score else fastest
         for passed in [passed for passed in self._passed if passed is not best]:
             same = passed.loaded.engine == best.loaded.engine
             why = f"slower than {best.loaded.parallelism.text if same else best.loaded.engine}"

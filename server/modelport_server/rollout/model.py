@@ -407,8 +407,7 @@ class ModelRollout:
             RejectedError: if it is too slow.
             NotMeasurableError: if it can't be told now.
         """
-        stable = self._stable_beside(tracked.version)
-        beside = stable.servable if stable is not None else None
+        beside = self._servable_beside(tracked.version)
         golden = await asyncio.to_thread(self._registry.golden, self._name, tracked.version)
 
         def aside() -> Set[int]:
@@ -503,10 +502,9 @@ class ModelRollout:
 
     def _batch_limits(self, number: int) -> BatchLimits:
         """Returns the bounds of a version's batches: a candidate's are as large as those that it is compared with."""
-        batch, stable = self._options.batch, self._stable_beside(number)
-        if stable is None or stable.servable is None:
+        batch, served = self._options.batch, self._servable_beside(number)
+        if served is None:
             return batch
-        served = stable.servable
         return replace(batch, max_batch_size=served.batch_size, efficient_batch_size=served.efficient_batch_size)
 
     def _parallelism(self, stable: Tracked | None) -> Parallelism | None:
@@ -516,8 +514,12 @@ class ModelRollout:
 
     def _usual_engine(self, number: int) -> Candidate | None:
         """Returns what runs the version that a candidate is compared with."""
+        stable = self._servable_beside(number)
+        return stable.candidate if stable is not None else None
+
+    def _servable_beside(self, number: int) -> Servable | None:
         stable = self._stable_beside(number)
-        return stable.servable.candidate if stable is not None and stable.servable is not None else None
+        return stable.servable if stable is not None else None
 
     def _stable_beside(self, number: int) -> Tracked | None:
         """Returns the version that a candidate has to measure up to; None for one that is no candidate."""
